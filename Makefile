@@ -1,0 +1,43 @@
+# Everything starts from python3 alone: .venv -> uv -> the pinned, hashed requirements -> this package.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+CONFIG ?= $(if $(wildcard backend/training/models/deep_hair_v1.safetensors),configs/rtx3060.yaml,configs/demo.yaml)
+
+.PHONY: demo test test-long lint serve lock clean
+
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "DeepHair needs python 3.11 or newer, this is " + sys.version.split()[0])'
+	@echo "setting up $(VENV) (the first time downloads about 5 GB of packages)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	@touch $(READY)
+
+demo: $(READY)  ## miniature photos -> training data -> trained, evaluated, deployed model; about 5 minutes on 2 cores
+	$(BIN)/deephair demo-data --config configs/demo.yaml
+	$(BIN)/deephair run --config configs/demo.yaml; code=$$?; [ $$code -eq 0 ] || [ $$code -eq 3 ] || exit $$code
+	@echo "report: runs/demo/report/index.html     try it on: make serve"
+
+test: $(READY)  ## the tests, 8 minutes at most on 2 cores
+	$(BIN)/python -m pytest -q -m "not long"
+
+test-long: $(READY)  ## what takes longer: kill and resume, fuzzing, the whole demo
+	$(BIN)/python -m pytest -q -m long
+
+lint: $(READY)
+	$(BIN)/ruff format --check backend tests benchmarks
+	$(BIN)/ruff check backend tests benchmarks
+	$(BIN)/mypy backend
+	$(BIN)/lint-imports
+
+serve: $(READY)  ## the deployed model (the demo's where no other is) on 127.0.0.1:8000
+	$(BIN)/deephair serve --config $(CONFIG)
+
+lock:  ## renew requirements.lock from pyproject.toml
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-annotate --no-header --python-version 3.11 --extra dev pyproject.toml --output-file requirements.lock
+
+clean:
+	rm -rf runs $(VENV)

@@ -1,0 +1,97 @@
+// The server's HTTP contract, as functions. A failure is thrown as the server's problem: {code, detail, hint, retryAfter}.
+
+export class ProblemError extends Error {
+  constructor(problem) {
+    super(problem.detail ?? problem.code);
+    this.problem = problem;
+  }
+}
+
+let askForKey = async () => null;
+
+export function onKeyWanted(ask) {
+  askForKey = ask;
+}
+
+function headers(extra = {}) {
+  const key = sessionStorage.getItem("deephair-key");
+  return key ? { ...extra, Authorization: `Bearer ${key}` } : extra;
+}
+
+async function request(path, options = {}) {
+  let response;
+  try {
+    response = await fetch(path, { ...options, headers: headers(options.headers), cache: "no-store" });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new ProblemError({ code: "network" });
+  }
+  if (response.ok) return response;
+  const problem = await response.json().catch(() => ({ code: "internal", detail: response.statusText }));
+  if (response.status === 401) {
+    const key = await askForKey();
+    if (key) {
+      sessionStorage.setItem("deephair-key", key);
+      return request(path, options);
+    }
+  }
+  throw new ProblemError({ ...problem, retryAfter: response.headers.get("Retry-After") });
+}
+
+const json = async (path, options) => (await request(path, options)).json();
+const blob = async (path) => (await request(path)).blob();
+
+function form(fields) {
+  const data = new FormData();
+  for (const [name, value] of Object.entries(fields)) if (value !== null && value !== undefined && value !== "") data.append(name, value);
+  return data;
+}
+
+export const models = () => json("/api/v1/models");
+export const preview = (file, signal) => json("/api/v1/preview", { method: "POST", body: form({ target: file }), signal });
+export const createJob = (fields) => json("/api/v1/jobs", { method: "POST", body: form(fields) });
+export const readJob = (id) => json(`/api/v1/jobs/${id}`);
+export const deleteJob = (id) => request(`/api/v1/jobs/${id}`, { method: "DELETE" });
+export const result = (id) => blob(`/api/v1/jobs/${id}/result`);
+
+const FINAL = ["succeeded", "failed", "cancelled"];
+
+// Follows a job to its end, calling onState(job) and onProgress(progress); returns the ended job. fetch instead of EventSource, because
+// EventSource cannot send a key. A broken stream is taken up again where it stopped.
+export async function follow(id, onState, onProgress) {
+  let lastId = null;
+  for (let failures = 0; failures < 20; failures += 1) {
+    try {
+      const response = await request(`/api/v1/jobs/${id}/events`, { headers: lastId ? { "Last-Event-ID": lastId } : {} });
+      for await (const event of events(response.body)) {
+        failures = 0;
+        lastId = event.id ?? lastId;
+        if (event.event === "progress") onProgress(event.data);
+        if (event.event === "state") {
+          onState(event.data);
+          if (FINAL.includes(event.data.state)) return event.data;
+        }
+      }
+    } catch (error) {
+      if (error instanceof ProblemError && error.problem.code !== "network") throw error;
+    }
+    await new Promise((resume) => setTimeout(resume, 1500));
+  }
+  return readJob(id);
+}
+
+async function* events(stream) {
+  const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
+  let text = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    text += value;
+    const blocks = text.split("\n\n");
+    text = blocks.pop();
+    for (const block of blocks) {
+      const fields = Object.fromEntries(block.split("\n").filter((line) => /^\w+: /.test(line)).map((line) => [line.slice(0, line.indexOf(": ")), line.slice(line.indexOf(": ") + 2)]));
+      if (fields.data) yield { ...fields, data: JSON.parse(fields.data) };
+    }
+  }
+}

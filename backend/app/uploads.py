@@ -1,0 +1,207 @@
+"""Uploads: read within limits, checked field by field, decoded from sniffed bytes, kept only as PNGs of our own (DESIGN 5.1)."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import unicodedata
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import anyio
+import anyio.to_thread
+import numpy as np
+from fastapi import Request
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from starlette.datastructures import FormData, UploadFile
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from backend.app.problems import Problem
+from backend.config import AppConfig
+from backend.errors import DeepHairError
+from backend.imaging.decode import decode_upload, encode_png
+
+TARGET_FILE, REFERENCE_FILE, RESULT_FILE, MASK_FILE = "target.png", "reference.png", "result.png", "mask.png"
+MAX_FIELD_BYTES = 16 * 1024
+MAX_PROMPT = 500  # characters; the text encoders read 77 tokens of it
+
+Pixels = NDArray[np.uint8]
+T = TypeVar("T")
+Options = TypeVar("Options", bound=BaseModel)
+
+
+class PreviewOptions(BaseModel):
+    """The form fields of a preview beside its picture: none."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class JobOptions(BaseModel):
+    """The form fields of a job beside its pictures."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    prompt: str | None = Field(None, max_length=MAX_PROMPT, description="The hairstyle in words")
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="The same seed gives the same picture")
+    steps: int | None = Field(None, ge=1, le=200, description="Sampling steps; the server's own number when absent")
+    guidance: float | None = Field(None, ge=1, le=20, description="How closely the reference and words are followed")
+    face: int | None = Field(None, ge=0, le=99, description="Which face, as numbered by /api/v1/preview")
+
+    @field_validator("prompt")
+    @classmethod
+    def _tidy(cls, prompt: str | None) -> str | None:
+        if prompt is None:
+            return None
+        plain = "".join(" " if unicodedata.category(c) in ("Cc", "Cs") else c for c in unicodedata.normalize("NFC", prompt))
+        return re.sub(r"\s+", " ", plain).strip() or None
+
+
+def max_body_bytes(settings: AppConfig, files: int = 2) -> int:
+    """The largest body that can be valid: the files, and room for the fields and the boundaries."""
+    return files * settings.max_upload_mb * 2**20 + 8 * MAX_FIELD_BYTES
+
+
+async def read_form(request: Request, settings: AppConfig, files: tuple[str, ...], options: type[Options]) -> tuple[dict[str, bytes], Options]:
+    """Parses a multipart body into the bytes of ``files`` (absent ones are left out) and validated ``options``.
+
+    Raises Problem: not_multipart, malformed_request, upload_too_large, invalid_form.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "multipart/form-data":
+        raise Problem("not_multipart", f"The content type is '{kind[:80]}'.", hint="send the photos as multipart/form-data")
+    try:
+        async with request.form(max_files=len(files), max_fields=len(options.model_fields) + len(files), max_part_size=MAX_FIELD_BYTES) as form:
+            _refuse_wrong_parts(form, files, options)
+            received = {name: await _file_bytes(form, name, settings) for name in files}
+            fields = {name: value for name, value in form.multi_items() if isinstance(value, str) and value.strip() and name not in files}
+    except HTTPException as error:
+        code = "upload_too_large" if "maximum size" in error.detail else "malformed_request"
+        raise Problem(code, error.detail, hint="see /api/v1/openapi.json for the fields") from error
+    try:
+        return {name: content for name, content in received.items() if content is not None}, options.model_validate(fields)
+    except ValidationError as error:
+        errors = [{"field": ".".join(map(str, item["loc"])), "message": item["msg"]} for item in error.errors()]
+        detail = "; ".join(f"{item['field']}: {item['message']}" for item in errors)
+        raise Problem("invalid_form", detail, errors=errors) from error
+
+
+def _refuse_wrong_parts(form: FormData, files: tuple[str, ...], options: type[BaseModel]) -> None:
+    names = [name for name, _ in form.multi_items()]
+    known = (*files, *options.model_fields)
+    for name in names:
+        if name not in known:
+            raise Problem("invalid_form", f"There is no field '{name[:40]}'.", hint=f"the fields are {', '.join(known)}")
+        if names.count(name) > 1:
+            raise Problem("invalid_form", f"The field '{name}' is given {names.count(name)} times, once is wanted.")
+        if name not in files and not isinstance(form[name], str):
+            raise Problem("invalid_form", f"The field '{name}' is text, not a file.")
+
+
+async def _file_bytes(form: FormData, name: str, settings: AppConfig) -> bytes | None:
+    part = form.get(name)
+    if part is None or part == "":
+        return None
+    if not isinstance(part, UploadFile):
+        raise Problem("invalid_form", f"The field '{name}' must be a file.")
+    if (part.size or 0) > settings.max_upload_mb * 2**20:
+        raise Problem(
+            "upload_too_large",
+            f"'{name}' has {(part.size or 0) / 2**20:.1f} MiB, at most {settings.max_upload_mb} MiB are taken.",
+        )
+    if part.size == 0 and not part.filename:
+        return None  # what a browser sends for a file field that was left empty
+    return await part.read()
+
+
+class Decoder:
+    """Decodes uploads in threads, two at a time, so that many large ones at once cost no more memory than two."""
+
+    def __init__(self, settings: AppConfig) -> None:
+        self._max_pixels = int(settings.max_megapixels * 1e6)
+        self._limiter: anyio.CapacityLimiter | None = None
+
+    async def decode(self, data: bytes) -> Pixels:
+        """(H, W, 3) uint8 RGB. Raises Problem with the code of the ImageError."""
+        return await self._in_thread(_decode, data, self._max_pixels)
+
+    async def as_png(self, data: bytes) -> bytes:
+        """The picture as a PNG of our own, without metadata."""
+        return await self._in_thread(_as_png, data, self._max_pixels)
+
+    async def _in_thread(self, function: Callable[[bytes, int], T], data: bytes, max_pixels: int) -> T:
+        if self._limiter is None:  # it belongs to the running event loop
+            self._limiter = anyio.CapacityLimiter(2)
+        return await anyio.to_thread.run_sync(function, data, max_pixels, limiter=self._limiter)
+
+
+def _decode(data: bytes, max_pixels: int) -> Pixels:
+    try:
+        return decode_upload(data, max_pixels=max_pixels)
+    except DeepHairError as error:
+        raise Problem.of(error) from error
+
+
+def _as_png(data: bytes, max_pixels: int) -> bytes:
+    return encode_png(_decode(data, max_pixels), compression=1)
+
+
+def form_schema(files: Mapping[str, str], required: tuple[str, ...], options: type[BaseModel]) -> dict[str, Any]:
+    """The OpenAPI request body for ``read_form``; ``files`` maps field to description."""
+    properties: dict[str, Any] = {name: {"type": "string", "format": "binary", "description": text} for name, text in files.items()}
+    properties |= options.model_json_schema().get("properties", {})
+    schema = {"type": "object", "properties": properties, "required": list(required), "additionalProperties": False}
+    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
+
+
+class BodyLimit:
+    """ASGI: counts the body while it comes in. More than the limit answers 413, by the announced length before a byte is read and by
+    the count otherwise; a body that takes too long answers 408."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int, timeout_s: float = 120.0) -> None:
+        self._app, self._max_bytes, self._timeout_s = app, max_bytes, timeout_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes the request on with its body counted."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        length = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+        if not length.isdigit() or int(length[:20]) > self._max_bytes:
+            await self._too_large().response()(scope, receive, send)
+            return
+        await self._app(scope, self._counted(receive), send)
+
+    def _counted(self, receive: Receive) -> Receive:
+        read, complete = 0, False
+        deadline = asyncio.get_running_loop().time() + self._timeout_s
+
+        async def counting() -> Message:
+            nonlocal read, complete
+            if complete:
+                return await receive()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError as error:
+                raise Problem(
+                    "slow_upload",
+                    f"The body was not complete after {self._timeout_s:g} s.",
+                    headers={"Connection": "close"},
+                ) from error
+            read += len(message.get("body", b""))
+            complete = not message.get("more_body", False)
+            if read > self._max_bytes:
+                raise self._too_large()
+            return message
+
+        return counting
+
+    def _too_large(self) -> Problem:
+        return Problem(
+            "upload_too_large",
+            f"The body is larger than {self._max_bytes} bytes.",
+            hint="send smaller photos",
+            headers={"Connection": "close"},
+        )

@@ -1,0 +1,185 @@
+"""What a person sees: log lines, progress with time left, and errors turned into exit codes (DESIGN section 3)."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from backend.errors import DeepHairError, UsageError
+
+if TYPE_CHECKING:
+    from backend.config import Config
+
+DONE, FAILED, WRONG_USAGE, REJECTED_ITEMS = 0, 1, 2, 3
+INTERRUPTED = 130
+
+logger = logging.getLogger(__name__)
+
+
+def set_up_logging(*, quiet: bool = False) -> None:
+    """Sends the log to stderr, so that stdout stays free for results (``--json``)."""
+    logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    for name in ("httpx", "uniface", "onnxruntime", "matplotlib", "PIL", "fsspec"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def guarded(action: Callable[[], int]) -> int:
+    """Runs a verb: errors for people become one message and an exit code, an interrupt exits cleanly."""
+    try:
+        return action()
+    except UsageError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return WRONG_USAGE
+    except DeepHairError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return FAILED
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped; run the same command again to go on from here\n")
+        return INTERRUPTED
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        sys.stderr.write(f"error: {error.strerror or error} ({error.filename or 'no file named'})\n  -> check that the path exists, is writable and the disk is not full\n")
+        return FAILED
+
+
+@dataclass(frozen=True)
+class StageArguments:
+    """What every stage takes on its command line, whether called as a script or as ``deephair <verb>``."""
+
+    config: Config
+    json: bool
+    dry_run: bool
+    resume: bool
+    rest: argparse.Namespace
+
+
+def stage_parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """The arguments shared by all stages: ``--config``, overrides, ``--json``, ``--dry-run``, ``--no-resume``."""
+    parser = argparse.ArgumentParser(prog=prog, description=description)
+    add_stage_arguments(parser)
+    return parser
+
+
+def add_stage_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the shared arguments to ``parser``."""
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file, for example train.lr=1e-6")
+    parser.add_argument("--config", metavar="FILE", help="configuration file (default: configs/rtx3060.yaml)")
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object on stdout")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done and stop")
+    parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True, help="go on where an earlier run stopped (the default)")
+
+
+def parse_stage_arguments(argv: Sequence[str] | None, prog: str, description: str) -> StageArguments:
+    """Parses a stage's command line and loads its configuration. Raises UsageError for wrong settings."""
+    return stage_arguments(stage_parser(prog, description).parse_intermixed_args(argv))
+
+
+def stage_arguments(parsed: argparse.Namespace) -> StageArguments:
+    """Loads the configuration that a parsed command line names and sets up logging."""
+    from backend.config import load_config  # late: pydantic is not needed for --help
+
+    set_up_logging()
+    config = load_config(parsed.config, parsed.overrides)
+    return StageArguments(config, parsed.json, parsed.dry_run, parsed.resume, parsed)
+
+
+def print_result(result: object) -> None:
+    """Prints a result as one JSON object on stdout."""
+    sys.stdout.write(json.dumps(result, ensure_ascii=False, allow_nan=False) + "\n")
+    sys.stdout.flush()
+
+
+class StopRequest:
+    """Whether a stop was asked for; long loops look at it between steps, where a checkpoint is exact."""
+
+    requested = False
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+    """Turns the first Ctrl-C (or SIGTERM) into a request; a second one interrupts at once. Outside the main thread it does nothing."""
+    stop = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def ask(number: int, _: object) -> None:
+        if stop.requested:
+            raise KeyboardInterrupt
+        stop.requested = True
+        logger.warning("stopping after this step, with a checkpoint (once more: stop at once)")
+
+    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+class Progress:
+    """Counts steps; shows a bar on a terminal, and a plain line every few seconds elsewhere."""
+
+    def __init__(self, title: str, total: int, *, unit: str = "it", every_s: float = 5.0) -> None:
+        self.title, self.total, self.unit, self.every_s = title, total, unit, every_s
+        self.done = 0
+        self._start = self._last = time.monotonic()
+        self._first = 0
+        self._tty = sys.stderr.isatty()
+
+    def start_at(self, done: int) -> None:
+        """Says that ``done`` steps were finished before this run, so that the rate counts only new ones."""
+        self.done = self._first = done
+
+    def update(self, steps: int = 1, note: str = "") -> None:
+        """Adds ``steps`` and shows the state when it is time."""
+        self.done += steps
+        now = time.monotonic()
+        interval = 0.1 if self._tty else self.every_s
+        if now - self._last >= interval or self.done == self.total:
+            self._last = now
+            self._show(now, note)
+
+    def rate(self) -> float:
+        """Steps per second of this run."""
+        return (self.done - self._first) / max(time.monotonic() - self._start, 1e-9)
+
+    def _show(self, now: float, note: str) -> None:
+        rate = (self.done - self._first) / max(now - self._start, 1e-9)
+        left = f"{duration((self.total - self.done) / rate)} left" if rate > 0 and self.done < self.total else f"took {duration(now - self._start)}"
+        text = f"{self.title}: {self.done}/{self.total} {self.unit}, {rate:.3g} {self.unit}/s, {left}{', ' + note if note else ''}"
+        if self._tty:
+            filled = int(24 * self.done / max(self.total, 1))
+            sys.stderr.write(f"\r\033[K[{'█' * filled}{'·' * (24 - filled)}] {text}" + ("\n" if self.done == self.total else ""))
+            sys.stderr.flush()
+        else:
+            logger.info(text)
+
+
+def duration(seconds: float) -> str:
+    """``75`` -> ``1 min 15 s``."""
+    whole = int(seconds + 0.5)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+@contextlib.contextmanager
+def timed(title: str) -> Iterator[Callable[[], float]]:
+    """Logs a stage's start and end; yields a clock that tells the seconds since the start."""
+    start = time.monotonic()
+    logger.info("%s ...", title)
+    yield lambda: time.monotonic() - start
+    logger.info("%s: done in %s", title, duration(time.monotonic() - start))

@@ -1,0 +1,83 @@
+"""Trains the miniature identity net: rendered people classified with an additive margin (CosFace, arXiv 1801.09414)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+from uniface.face_utils import face_alignment
+
+from backend.demo import miniature, train_loop
+from backend.demo.networks import IDENTITY_SIDE, IDENTITY_WIDTH, IdentityNet
+from backend.demo.training_data import Photo, Photos, relight
+from backend.training import keyed
+
+SCHEDULE = train_loop.Schedule(steps=1600, batch_size=64, lr=1.5e-3, warmup=100, weight_decay=5e-2, average=0.995, save_every=500)
+PHOTOS = 3072
+MAX_YAW = 60.0
+MARGIN, SCALE = 0.3, 24.0
+
+
+class _Classifier(nn.Module):
+    """The net and a class vector for each training head, which are left behind afterwards."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.net = IdentityNet()
+        self.classes = nn.Parameter(torch.randn(heads, IDENTITY_WIDTH) * 0.05)
+
+    def forward(self, faces: Tensor, labels: Tensor) -> Tensor:
+        cosine = F.normalize(self.net(faces).float()) @ F.normalize(self.classes).T
+        return F.cross_entropy(SCALE * (cosine - MARGIN * F.one_hot(labels, cosine.shape[1])), labels)
+
+
+def train(place: train_loop.Workplace) -> dict[str, Any]:
+    """Trains the identity net, writes it to the workplace's ``weights`` folder and returns its card's entries."""
+    photos = Photos(place.cache, "train", PHOTOS, workers=place.workers)
+    usable = [k for k in range(len(photos)) if photos[k].landmarks is not None and abs(photos[k].view.yaw) <= MAX_YAW]
+    heads = {seed: label for label, seed in enumerate(sorted({photos[k].view.identity.seed for k in usable}))}
+    model = _Classifier(len(heads))
+
+    def loss_of(step: int) -> Tensor:
+        rng = keyed.numpy_generator(place.seed, "identity", step)
+        chosen = [photos[usable[int(k)]] for k in rng.integers(len(usable), size=SCHEDULE.batch_size)]
+        faces = torch.from_numpy(np.stack([network_input(aligned_face(photo, rng)) for photo in chosen]))
+        return model(faces, torch.tensor([heads[photo.view.identity.seed] for photo in chosen]))  # type: ignore[no-any-return]
+
+    loss = train_loop.fit("identity", model, loss_of, SCHEDULE, place)
+    miniature.write_identity(place.weights, model.net)
+    return {"steps": SCHEDULE.steps, "loss": round(loss, 4), "heads": len(heads)}
+
+
+def aligned_face(photo: Photo, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """The face as the product aligns it, with detector-like noise on its landmarks and another light: (112, 112, 3) uint8 RGB."""
+    assert photo.landmarks is not None and photo.box is not None
+    size = float(max(photo.box[2:] - photo.box[:2]))
+    landmarks = photo.landmarks + rng.normal(0, 0.015 * size, (5, 2)).astype(np.float32)
+    face, _ = face_alignment(photo.image, landmarks, image_size=(IDENTITY_SIDE, IDENTITY_SIDE))
+    face = relight(np.ascontiguousarray(face), rng)
+    if rng.random() < 0.3:
+        small = int(rng.integers(28, 80))
+        face = cv2.resize(cv2.resize(face, (small, small), interpolation=cv2.INTER_AREA), (IDENTITY_SIDE, IDENTITY_SIDE))
+    if rng.random() < 0.3:
+        _cover(face, rng)
+    return face if rng.random() < 0.5 else np.ascontiguousarray(face[:, ::-1])
+
+
+def network_input(face: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """(112, 112, 3) RGB to (3, 112, 112) BGR in -1..1, as uniface's AdaFace prepares it."""
+    return np.ascontiguousarray((face[..., ::-1].astype(np.float32) - 127.5) / 127.5).transpose(2, 0, 1)
+
+
+def _cover(face: NDArray[np.uint8], rng: np.random.Generator) -> None:
+    """A flat bar over a side or the forehead, as hair covers it, so that no single place decides."""
+    depth = int(rng.integers(10, 34))
+    colour = rng.integers(0, 255, 3)
+    side = int(rng.integers(3))
+    window = (np.s_[:depth], np.s_[:, :depth], np.s_[:, -depth:])[side]
+    face[window] = colour

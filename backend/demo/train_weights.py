@@ -1,0 +1,101 @@
+"""Trains the miniature weights: ``python -m backend.demo.train_weights [--parts detector,parser,...] [--out FOLDER]``.
+
+Everything is rendered and drawn from a fixed seed. A part that has its card in the output folder is finished; an interrupted one
+goes on from its last checkpoint. Two cores need about three hours for all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from backend import artifacts
+from backend.demo import miniature
+from backend.demo.train_loop import OutOfTime, Workplace
+from backend.demo.training_data import HELD_OUT_HEADS, TRAIN_HEADS, Photos, renderer_version
+
+logger = logging.getLogger(__name__)
+HELD_OUT_PHOTOS = 160
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """Where a part's training function is, ``module:function``, and the function of ``scores`` that judges it."""
+
+    function: str
+    judge: str
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Trains the parts that were asked for and are not finished; returns 0 when all of them are."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    options.work.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + 60 * options.budget_minutes
+    place = Workplace(options.work / "checkpoints", options.work / "photos", options.out, options.seed, deadline, options.workers)
+    try:
+        for name in options.parts.split(","):
+            train_part(name, place)
+    except OutOfTime as stop:
+        logger.warning("%s", stop)
+        return 1
+    return 0
+
+
+def train_part(name: str, place: Workplace) -> None:
+    """Trains one part, judges it on held-out heads and writes its card last, which is what makes it finished."""
+    import torch
+
+    card_path = place.weights / miniature.by_name(name).card
+    if card_path.is_file():
+        logger.info("%s is finished: %s", name, artifacts.read_json(card_path)["scores"])
+        return
+    began = time.monotonic()
+    trainer = TRAINERS[name]
+    module, function = trainer.function.split(":")
+    torch.manual_seed(place.seed)
+    card = getattr(importlib.import_module(module), function)(place)
+    scores = judge(name, place.weights, Photos(place.cache, "held_out", HELD_OUT_PHOTOS, workers=place.workers))
+    logger.info("%s: %s", name, scores)
+    about = {"part": name, "name": "miniature", "trained": True, "seed": place.seed, "scores": scores, "renderer": renderer_version()}
+    heads = {"train_heads": [TRAIN_HEADS.start, TRAIN_HEADS.stop], "held_out_heads": [HELD_OUT_HEADS.start, HELD_OUT_HEADS.stop]}
+    artifacts.write_json(card_path, about | heads | card | {"minutes": round((time.monotonic() - began) / 60, 1)})
+
+
+def judge(name: str, weights: Path, photos: Photos) -> dict[str, Any]:
+    """A part's scores on held-out photos, inside a complete weights folder, as the product meets it."""
+    function = getattr(importlib.import_module("backend.demo.scores"), TRAINERS[name].judge)
+    with tempfile.TemporaryDirectory() as folder:
+        miniature.build(Path(folder) / "weights", trained=weights)
+        miniature.copy_part(miniature.by_name(name), weights, Path(folder) / "weights")
+        return dict(function(Path(folder) / "weights", [photos[k] for k in range(len(photos))]))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Train the miniature weights from rendered portraits.")
+    parser.add_argument("--parts", default=",".join(TRAINERS), help="comma-separated, in the order of training (default: all)")
+    parser.add_argument("--out", type=Path, default=miniature.TRAINED, help="weights folder that receives the trained parts")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "deephair_train", help="checkpoints and rendered photos")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=2, help="rendering processes")
+    parser.add_argument("--budget-minutes", type=float, default=1e6, help="stop cleanly after this long; run again to go on")
+    return parser
+
+
+TRAINERS: dict[str, Trainer] = {
+    "detector": Trainer("backend.demo.train_detector:train", "detector"),
+    "parser": Trainer("backend.demo.train_pictures:train_parser", "parser"),
+    "identity": Trainer("backend.demo.train_identity:train", "identity"),
+    "vae": Trainer("backend.demo.train_pictures:train_vae", "vae"),
+    "perceptual": Trainer("backend.demo.train_pictures:train_perceptual", "perceptual"),
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

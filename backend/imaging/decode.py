@@ -1,0 +1,136 @@
+"""Photos in and out: decoded from sniffed bytes with bounds, encoded without metadata (DESIGN 5.1; reliability.md C1.3, C1.8)."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from backend import artifacts
+from backend.errors import DeepHairError
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+MIN_SIDE = 64
+
+Image.MAX_IMAGE_PIXELS = None  # the pixel count is checked from the header below, with a limit of our own
+
+
+class ImageError(DeepHairError):
+    """Bytes that are not a usable photo. Codes: not_an_image, unsupported_format, too_many_pixels, truncated, too_small."""
+
+    code = "not_an_image"
+
+
+def sniff(data: bytes) -> str | None:
+    """The image format that the first bytes show, whatever the name says; None when it is none that Pillow is asked to open."""
+    if data[:3] == b"\xff\xd8\xff":
+        return "JPEG"
+    if data[:8] == b"\x89PNG\r\n\x1a\n":
+        return "PNG"
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "WEBP"
+    return None
+
+
+def decode_upload(data: bytes, *, max_pixels: int) -> NDArray[np.uint8]:
+    """A person's upload as (H, W, 3) uint8 RGB: upright by its EXIF orientation, alpha over white, metadata dropped.
+
+    The header is read first and a picture above ``max_pixels`` is refused before a pixel is decoded. Raises ImageError.
+    """
+    with _open(data, max_pixels) as picture:
+        upright = ImageOps.exif_transpose(_loaded(picture))
+        return _to_rgb(upright)
+
+
+def decode_stored(data: bytes, *, max_pixels: int) -> NDArray[np.uint8]:
+    """A dataset photo as (H, W, 3) uint8 RGB in its STORED frame: labels live there, so EXIF orientation is not applied.
+
+    A truncated JPEG is an ImageError here (OpenCV would return it half grey without a word).
+    """
+    with _open(data, max_pixels) as picture:
+        return _to_rgb(_loaded(picture))
+
+
+def _open(data: bytes, max_pixels: int) -> Image.Image:
+    kind = sniff(data)
+    if kind is None:
+        code = "unsupported_format" if _is_other_image(data) else "not_an_image"
+        raise ImageError("the file is not a JPEG, PNG or WebP picture", hint="send the photo as JPEG, PNG or WebP", code=code)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            picture = Image.open(io.BytesIO(data), formats=[kind])
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+        raise ImageError(f"the {kind} file cannot be read: {error}", hint="save the picture again and retry", code="truncated") from error
+    width, height = picture.size
+    if width * height > max_pixels:
+        raise ImageError(
+            f"the picture has {width} x {height} = {width * height / 1e6:.1f} megapixels, at most {max_pixels / 1e6:.1f} are taken",
+            hint="send a smaller version of it",
+            code="too_many_pixels",
+        )
+    if min(width, height) < MIN_SIDE:
+        raise ImageError(f"the picture is {width} x {height} pixels, at least {MIN_SIDE} a side are needed", hint="send a larger version", code="too_small")
+    return picture
+
+
+def _loaded(picture: Image.Image) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            picture.load()
+    except (OSError, ValueError, SyntaxError, EOFError, MemoryError) as error:
+        raise ImageError(f"the picture is damaged or cut off: {error}", hint="save or transfer it again", code="truncated") from error
+    return picture
+
+
+def _to_rgb(picture: Image.Image) -> NDArray[np.uint8]:
+    """8-bit RGB from any mode: 16-bit is scaled, transparency is laid over white."""
+    if picture.mode.startswith("I") or picture.mode == "F":
+        values = np.asarray(picture, dtype=np.float64)
+        top = 65535.0 if values.max(initial=0.0) > 255 else 255.0
+        grey = np.clip(values * (255.0 / top), 0, 255).round().astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=2)
+    if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
+        rgba = picture.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return np.asarray(Image.alpha_composite(white, rgba).convert("RGB"))
+    return np.asarray(picture.convert("RGB"))
+
+
+def _is_other_image(data: bytes) -> bool:
+    heads = (b"GIF8", b"BM", b"II*\x00", b"MM\x00*", b"8BPS", b"icns", b"DDS ", b"SIMPLE", b"%!PS", b"\x00\x00\x01\x00")
+    return data.startswith(heads) or data[4:12] in (b"ftypheic", b"ftypavif", b"ftypmif1", b"ftypheix")
+
+
+def encode_png(image: NDArray[np.uint8], *, compression: int = 3) -> bytes:
+    """PNG bytes, without metadata, of (H, W), (H, W, 3) RGB or (H, W, 4) RGBA uint8."""
+    channels = 1 if image.ndim == 2 else image.shape[2]
+    if channels == 3:
+        image = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+    elif channels == 4:
+        image = cv2.cvtColor(image, cv2.COLOR_RGBA2BGRA)
+    done, encoded = cv2.imencode(".png", image, [cv2.IMWRITE_PNG_COMPRESSION, compression])
+    if not done:
+        raise ImageError(f"an array of shape {image.shape} and type {image.dtype} cannot be written as PNG")
+    return encoded.tobytes()
+
+
+def write_png(path: Path, image: NDArray[np.uint8], *, compression: int = 3) -> None:
+    """Writes a PNG beside and renames it (``encode_png`` for the layouts)."""
+    artifacts.write_bytes(path, encode_png(image, compression=compression))
+
+
+def read_png(path: Path) -> NDArray[np.uint8]:
+    """One of our own PNGs as stored: (H, W) grey, (H, W, 3) RGB or (H, W, 4) RGBA uint8. Raises ImageError naming the file."""
+    try:
+        with Image.open(path, formats=["PNG"]) as picture:
+            picture.load()
+            return np.asarray(picture)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ImageError(f"{path} cannot be read: {error}", hint="run 'deephair prepare' again; it rewrites what is damaged", code="truncated") from error

@@ -1,0 +1,1 @@
+"""The four training stages, from K-Hairstyle photos to a deployed model."""

@@ -1,0 +1,241 @@
+"""Measures a model on held-out heads with the code that serves it (DESIGN 4.5): reconstruction, transfer, preservation, baselines.
+
+Reconstruction: target and reference are two photos of one head with one hairstyle, so the target's own photo is the truth. Transfer:
+the reference is of another head and the prompt says nothing of hair, so only the reference photo speaks.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from backend import console
+from backend.config import Config
+from backend.errors import MissingInputError
+from backend.imaging import composite, crop
+from backend.imaging.decode import read_png
+from backend.training import metrics
+from backend.training.data_processing.prompts import NEUTRAL_PROMPT
+from backend.training.keyed import key, numpy_generator
+from backend.training.models.perceptual import load_perceptual
+from backend.training.prepared import Prepared, Sample, reference_candidates
+from backend.tryon import conditioning
+from backend.tryon.painter import Painter, PaintRequest
+
+logger = logging.getLogger(__name__)
+
+PROTOCOL = "reconstruction: other view of the same hair as reference, text from the label; transfer: another head's hair, neutral text"
+FRONTAL = 60.0  # degrees of yaw: what serving accepts as a target
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Rows of metadata: whose photo is changed, and whose hair it gets."""
+
+    target: dict[str, Any]
+    reference: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One painted pair. picture: the pasted-back head crop, (S, S, 3) uint8 RGB; mask: the feathered paste mask (S, S) float32."""
+
+    pair: Pair
+    target: Sample
+    reference: Sample
+    head: conditioning.HeadInput
+    picture: NDArray[np.uint8]
+    mask: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """figures: the ``evaluation`` object of summary.json. The results are kept for the report's pictures."""
+
+    figures: dict[str, Any]
+    transfer: list[Result]
+    reconstruction: list[Result]
+
+
+def usable_targets(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows whose head serving would accept: a face box and not seen from the side or behind."""
+    return [row for row in rows if row["face_box"] and (row["yaw"] is None or abs(row["yaw"]) <= FRONTAL)]
+
+
+def reconstruction_pairs(rows: list[dict[str, Any]], count: int, seed: int) -> list[Pair]:
+    """Up to ``count`` (target, other photo of the same source and phase), drawn by seed, spread over heads."""
+    others = reference_candidates(rows)
+    index = {row["id"]: number for number, row in enumerate(rows)}
+    pairs = []
+    for row in _spread(usable_targets(rows), count, seed, "reconstruction"):
+        candidates = others[index[row["id"]]]
+        if candidates:
+            pick = numpy_generator(seed, "reconstruction/" + row["id"]).integers(len(candidates))
+            pairs.append(Pair(row, rows[candidates[int(pick)]]))
+    return pairs[:count]
+
+
+def transfer_pairs(rows: list[dict[str, Any]], count: int, seed: int) -> list[Pair]:
+    """Up to ``count`` (target, photo of another head); a target comes again with another reference when photos are few."""
+    targets = _spread(usable_targets(rows), count, seed, "transfer")
+    pairs: list[Pair] = []
+    for lap in range(count):
+        for row in targets:
+            others = [other for other in rows if other["group"] != row["group"]]
+            if len(pairs) == count or not others:
+                return pairs
+            pick = numpy_generator(seed, "transfer/" + row["id"], lap).integers(len(others))
+            pairs.append(Pair(row, others[int(pick)]))
+    return pairs
+
+
+def _spread(rows: list[dict[str, Any]], count: int, seed: int, purpose: str) -> list[dict[str, Any]]:
+    """Rows in an order that takes one photo of every head before a second of any."""
+    order = numpy_generator(seed, "spread/" + purpose).permutation(len(rows))
+    seen: dict[str, int] = {}
+    ranked: list[tuple[int, int, dict[str, Any]]] = []
+    for number in order:
+        row = rows[int(number)]
+        seen[row["group"]] = seen.get(row["group"], 0) + 1
+        ranked.append((seen[row["group"]], len(ranked), row))
+    return [row for _, _, row in sorted(ranked, key=lambda item: item[:2])][: max(count, 1) * 4]
+
+
+class Evaluator:
+    """Paints pairs with one painter and measures them."""
+
+    def __init__(self, config: Config, painter: Painter) -> None:
+        self.config, self._painter = config, painter
+        self._prepared = Prepared(config.paths.processed)
+        self._rows = self._prepared.rows(config.evaluate.split)
+        self._network, self.backbone = load_perceptual(config.paths.weights)
+
+    def run(self) -> Evaluation:
+        """Both protocols with all baselines. Raises MissingInputError when the split has too few heads to form a pair."""
+        settings = self.config.evaluate
+        pairs = transfer_pairs(self._rows, settings.samples, settings.seed)
+        same = reconstruction_pairs(self._rows, settings.samples_reconstruction, settings.seed)
+        if not pairs or not same:
+            raise MissingInputError(
+                f"the {settings.split} split has {len(self._rows)} photos of {len({row['group'] for row in self._rows})} heads: too few for pairs",
+                hint="prepare more photos, or choose evaluate.split=val",
+            )
+        progress = console.Progress("evaluation", 2 * len(pairs) + len(same), unit="picture")
+        transfer = self.paint(pairs, NEUTRAL_PROMPT, progress)
+        shuffled = self.paint(_shuffled(pairs, settings.seed), NEUTRAL_PROMPT, progress)
+        reconstruction = self.paint(same, None, progress)
+        figures = self._measure(transfer, shuffled, reconstruction)
+        return Evaluation(figures, transfer, reconstruction)
+
+    def paint(self, pairs: Sequence[Pair], prompt: str | None, progress: console.Progress) -> list[Result]:
+        """Paints and pastes back every pair; prompt None takes the target's own."""
+        settings = self.config.evaluate
+        results: list[Result] = []
+        for start in range(0, len(pairs), settings.batch_size):
+            part = pairs[start : start + settings.batch_size]
+            loaded = [(self._prepared.sample(pair.target), self._prepared.sample(pair.reference)) for pair in part]
+            heads = [
+                conditioning.head_input(target.photo, target.hair, target.face_box, method=self.config.data.bald) for target, _ in loaded
+            ]
+            requests = [
+                PaintRequest(
+                    head=head,
+                    style=read_png(self._prepared.folder / pair.reference["files"]["style"]),
+                    identity=target.identity,
+                    prompt=target.prompt if prompt is None else prompt,
+                    seed=key(settings.seed, "picture/" + pair.target["id"]),
+                )
+                for pair, head, (target, _) in zip(part, heads, loaded, strict=True)
+            ]
+            painted = conditioning.to_pictures(self._painter.paint(requests, steps=settings.steps, guidance=settings.guidance))
+            for pair, head, (target, reference), picture in zip(part, heads, loaded, painted, strict=True):
+                square = crop.Square(0, 0, picture.shape[0])
+                pasted = composite.paste_back(target.photo, picture, head.region, square, self.config.sample.feather)
+                results.append(Result(pair, target, reference, head, pasted.image, pasted.mask))
+            progress.update(len(part))
+        return results
+
+    def _measure(self, transfer: list[Result], shuffled: list[Result], reconstruction: list[Result]) -> dict[str, Any]:
+        truth = [r.target.photo for r in reconstruction]
+        heads = [r.pair.target["group"] for r in reconstruction]
+        pair_heads = [r.pair.target["group"] for r in transfer]
+        bald = [r.head.bald for r in reconstruction]
+        ceiling = self._ceiling(reconstruction)
+        wanted = [_reference_colour(r) for r in transfer]
+        ours = [metrics.ciede2000(_result_colour(r, r.picture), lab) for r, lab in zip(transfer, wanted, strict=True)]
+        unchanged = [metrics.ciede2000(_result_colour(r, r.target.photo), lab) for r, lab in zip(transfer, wanted, strict=True)]
+        # the result made for another pair's reference, held against this pair's own
+        other = [metrics.ciede2000(_result_colour(r, r.picture), lab) for r, lab in zip(shuffled, wanted, strict=True)]
+        changed = [float(np.abs(a.picture.astype(int) - b.picture).mean()) for a, b in zip(transfer, shuffled, strict=True)]
+        return {
+            "protocol": PROTOCOL,
+            "split": self.config.evaluate.split,
+            "samples": len(transfer),
+            "samples_reconstruction": len(reconstruction),
+            "heads": len(set(pair_heads)),
+            "lpips_backbone": self.backbone,
+            **self._means("lpips", metrics.lpips(self._network, [r.picture for r in reconstruction], truth), heads),
+            **self._means("masked_psnr", self._psnr(reconstruction, [r.picture for r in reconstruction]), heads),
+            **self._means("hair_color_delta_e", ours, pair_heads),
+            "outside_max_abs_diff": max(
+                metrics.outside_max_abs_diff(r.picture, r.target.photo, r.mask) for r in (*transfer, *shuffled, *reconstruction)
+            ),
+            "baselines": {
+                "no_op": self._means("hair_color_delta_e", unchanged, pair_heads),
+                "shuffled_reference": {
+                    **self._means("hair_color_delta_e", other, pair_heads),
+                    **self._means("mean_abs_change", changed, pair_heads),
+                },
+                "bald": {
+                    **self._means("lpips", metrics.lpips(self._network, bald, truth), heads),
+                    **self._means("masked_psnr", self._psnr(reconstruction, bald), heads),
+                },
+            },
+            "ceiling_vae": {
+                **self._means("lpips", metrics.lpips(self._network, ceiling, truth), heads),
+                **self._means("masked_psnr", self._psnr(reconstruction, ceiling), heads),
+            },
+        }
+
+    def _psnr(self, results: list[Result], pictures: Sequence[NDArray[np.uint8]]) -> list[float]:
+        return [metrics.masked_psnr(picture, r.target.photo, r.target.hair) for r, picture in zip(results, pictures, strict=True)]
+
+    def _ceiling(self, results: list[Result]) -> list[NDArray[np.uint8]]:
+        """The photos through the VAE and back, pasted back like a result: nothing that the UNet does can be better."""
+        vae = self._painter.sampler.vae
+        pictures = []
+        for r in results:
+            mean, _ = conditioning.encode_latents(vae, conditioning.to_tensor([r.target.photo]))
+            decoded = conditioning.to_pictures(conditioning.decode_latents(vae, mean))[0]
+            square = crop.Square(0, 0, decoded.shape[0])
+            pictures.append(composite.paste_back(r.target.photo, decoded, r.head.region, square, self.config.sample.feather).image)
+        return pictures
+
+    def _means(self, name: str, values: list[float], heads: list[str]) -> dict[str, Any]:
+        mean, interval = metrics.mean_with_interval(values, heads, draws=self.config.evaluate.bootstrap, seed=self.config.evaluate.seed)
+        return {name: mean, f"{name}_ci": interval}
+
+
+def _shuffled(pairs: list[Pair], seed: int) -> list[Pair]:
+    """Every target with the reference of another pair whose reference is of another head than its own, where there is one."""
+    order = numpy_generator(seed, "shuffle").permutation(len(pairs))
+    place = {int(number): rank for rank, number in enumerate(order)}
+    shuffled = []
+    for number, pair in enumerate(pairs):
+        later = (pairs[int(order[(place[number] + shift) % len(pairs)])].reference for shift in range(1, len(pairs)))
+        fitting = (row for row in later if row["group"] not in (pair.reference["group"], pair.target["group"]))
+        shuffled.append(Pair(pair.target, next(fitting, pair.reference)))
+    return shuffled
+
+
+def _reference_colour(result: Result) -> NDArray[np.float64]:
+    return metrics.hair_colour(result.reference.photo, result.reference.hair)
+
+
+def _result_colour(result: Result, picture: NDArray[np.uint8]) -> NDArray[np.float64]:
+    return metrics.hair_colour(picture, metrics.crown(result.target.hair, result.target.face_box))

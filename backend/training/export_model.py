@@ -1,0 +1,269 @@
+"""Stage 3: measures the newest checkpoint, decides, and deploys it as one bundle (DESIGN 4.4, 4.5).
+
+Run: python backend/training/export_model.py [--config FILE] [--force REASON] [key=value ...]   (the same as: deephair export)
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__" and not __package__:  # run as a file: the checkout must be importable, this folder must not shadow libraries
+    import importlib
+    import sys
+    from pathlib import Path
+
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+    raise SystemExit(importlib.import_module("backend.training.export_model").main())
+
+import argparse
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from backend import artifacts, console, weights
+from backend.config import Config
+from backend.errors import DeepHairError, InvalidArtifactError, MissingInputError
+from backend.training import checkpoints, results
+from backend.training.stage2_files import PREFIX, texture_encoder_path
+
+logger = logging.getLogger(__name__)
+
+
+class GateClosedError(DeepHairError):
+    """The model was measured and not deployed."""
+
+    code = "gate_closed"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What export takes beside the shared arguments."""
+    parser.add_argument("--force", metavar="REASON", default="", help="deploy even if the gate fails; the reason is recorded in the bundle")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line of Stage 3."""
+
+    def run() -> int:
+        parser = console.stage_parser("export_model.py", "Stage 3: evaluates the newest checkpoint and deploys it if it passes")
+        add_arguments(parser)
+        return verb(console.stage_arguments(parser.parse_intermixed_args(argv)))
+
+    return console.guarded(run)
+
+
+def verb(arguments: console.StageArguments) -> int:
+    """``deephair export``: exit code 0 when the model was deployed, 1 when the gate refused it."""
+    config = with_force(arguments.config, getattr(arguments.rest, "force", ""))
+    if arguments.dry_run:
+        console.print_result({"checkpoint": newest_checkpoint(config).name, "target": str(config.paths.bundle), "gate": config.gate.profile})
+        return console.DONE
+    summary = export(config, resume=arguments.resume)
+    if arguments.json:
+        console.print_result(summary)
+    return console.DONE
+
+
+def evaluate_verb(arguments: console.StageArguments) -> int:
+    """``deephair evaluate``: measures the newest checkpoint, or the deployed bundle where there is no checkpoint; deploys nothing."""
+    from backend.training.evaluate import Evaluator
+    from backend.training.gate import decide
+
+    config = arguments.config
+    painter, name = _painter_to_measure(config)
+    if arguments.dry_run:
+        console.print_result({"model": name, "split": config.evaluate.split, "samples": config.evaluate.samples})
+        return console.DONE
+    figures = Evaluator(config, painter).run().figures
+    console.print_result({"model": name, "evaluation": figures, "gate": decide(figures, config.gate)})
+    return console.DONE
+
+
+def _painter_to_measure(config: Config) -> tuple[Any, str]:
+    from backend.training.models.bundle import load_bundle
+    from backend.training.models.texture_encoder import load_texture_encoder
+    from backend.tryon.painter import Painter
+
+    checkpoint = checkpoints.newest(config.paths.checkpoints, PREFIX)
+    if checkpoint is not None:
+        _check_inputs(config)
+        return Painter(_rebuilt(checkpoint), load_texture_encoder(texture_encoder_path(config)), config), checkpoint.weights_path.name
+    if config.paths.bundle.is_file():
+        return Painter.of_bundle(load_bundle(config.paths.bundle), config), config.paths.bundle.name
+    raise MissingInputError(
+        f"neither a checkpoint in {config.paths.checkpoints} nor a deployed model at {config.paths.bundle}", hint="run 'deephair train' first"
+    )
+
+
+def with_force(config: Config, reason: str) -> Config:
+    """The configuration with ``--force REASON`` taken in."""
+    return config.model_copy(update={"gate": config.gate.model_copy(update={"force": reason})}) if reason else config
+
+
+def newest_checkpoint(config: Config) -> Path:
+    """The newest Stage 2 checkpoint by the step in its record. Raises MissingInputError when there is none."""
+    found = checkpoints.steps(config.paths.checkpoints, PREFIX)
+    if not found:
+        raise MissingInputError(f"no Stage 2 checkpoint in {config.paths.checkpoints}", hint="run Stage 2 first: deephair train")
+    return found[0][1]
+
+
+def export(config: Config, *, resume: bool = True) -> dict[str, Any]:
+    """Evaluates, decides, deploys and reports; returns the summary.
+
+    Raises GateClosedError with every reason when the gate refuses and no force was given; the report is written all the same and what
+    is deployed stays as it is.
+    """
+    _check_inputs(config)
+    digest = _run_digest(config)
+    summary = _finished(config, digest) if resume else None
+    if summary is None:
+        with artifacts.folder_lock(config.paths.models):
+            artifacts.remove_stale_temporaries(config.paths.models)
+            summary = _export(config, digest)
+    else:
+        logger.info("Stage 3 is complete for this checkpoint; nothing to do")
+    gate = summary["gate"]
+    logger.info("report: %s", config.paths.report / "index.html")
+    if not gate["passed"] and not gate["forced"]:
+        raise GateClosedError(
+            f"the gate '{gate['profile']}' refused the model:\n  " + "\n  ".join(gate[gate["profile"]]["reasons"]),
+            hint=f"see {config.paths.report / 'index.html'}; what was deployed before stays; --force REASON deploys it all the same",
+        )
+    if gate["forced"]:
+        logger.warning("DEPLOYED BY FORCE, the gate '%s' refused this model: %s", gate["profile"], gate["force_reason"])
+    return summary
+
+
+def _check_inputs(config: Config) -> None:
+    if not (config.paths.processed / "metadata.jsonl").is_file():
+        raise MissingInputError(f"no prepared data at {config.paths.processed}", hint="run Stage 0 first: deephair prepare")
+    if not texture_encoder_path(config).is_file():
+        raise MissingInputError(f"no Stage 1 encoder at {texture_encoder_path(config)}", hint="run Stage 1 first: deephair texture")
+    newest_checkpoint(config)
+    weights.require(config.paths.weights, "inpainting", "perceptual")
+
+
+def _run_digest(config: Config) -> str:
+    """What the summary depends on: the checkpoint, the encoder, the data, the other weights and the settings of this stage."""
+    parts = (
+        checkpoints.weights_sha256(newest_checkpoint(config)),
+        artifacts.sha256_file(texture_encoder_path(config)),
+        artifacts.sha256_file(config.paths.processed / "metadata.jsonl"),
+        config.digest("evaluate", "gate", "sample", "data"),
+        str(sorted(weights.describe(config.paths.weights).items())),
+    )
+    return hashlib.sha256("/".join(parts).encode()).hexdigest()
+
+
+def _finished(config: Config, digest: str) -> dict[str, Any] | None:
+    try:
+        summary: dict[str, Any] = artifacts.read_json(config.paths.report / "summary.json")
+    except InvalidArtifactError:
+        return None
+    if summary.get("run") != digest or not (config.paths.report / "index.html").is_file():
+        return None
+    deployed = summary.get("deployed")
+    if deployed and not (config.paths.bundle.is_file() and artifacts.sha256_file(config.paths.bundle) == deployed["sha256"]):
+        return None
+    return summary
+
+
+def _export(config: Config, digest: str) -> dict[str, Any]:
+    from backend.training import export_report  # late, like all that needs torch
+    from backend.training.evaluate import Evaluator
+    from backend.training.gate import decide
+    from backend.training.models.bundle import load_bundle, write_bundle
+    from backend.training.models.texture_encoder import load_texture_encoder
+    from backend.tryon.painter import Painter
+
+    start = time.monotonic()
+    checkpoint = checkpoints.newest(config.paths.checkpoints, PREFIX)
+    if checkpoint is None:
+        raise InvalidArtifactError(f"no checkpoint in {config.paths.checkpoints} is whole", hint="train again; see the warnings above")
+    logger.info("evaluating %s", checkpoint.weights_path.name)
+    model, encoder = _rebuilt(checkpoint), load_texture_encoder(texture_encoder_path(config))
+    painter = Painter(model, encoder, config)
+    evaluation = Evaluator(config, painter).run()
+    gate = decide(evaluation.figures, config.gate)
+    stages = {stage: results.read(config, stage) for stage in ("prepare", "texture", "train")}
+    environment = results.environment(config)
+    header = _header(config, checkpoint.header, evaluation.figures, gate, environment)
+    candidate = config.paths.models / f".candidate.safetensors{artifacts.TMP_SUFFIX}"
+    try:
+        write_bundle(candidate, painter.sampler.model.cpu(), encoder.cpu(), header)
+        _compare(painter, Painter.of_bundle(load_bundle(candidate), config), evaluation, config)
+        deployed = None
+        if gate["passed"] or gate["forced"]:
+            deploy(candidate, config.paths.bundle)
+            deployed = {"path": results.shown_path(config.paths.bundle), "sha256": artifacts.sha256_file(config.paths.bundle)}
+    finally:
+        candidate.unlink(missing_ok=True)
+    stages["export"] = {"seconds": round(time.monotonic() - start, 3)}
+    summary = {
+        "run": digest, "stages": stages, "evaluation": evaluation.figures, "gate": gate, "deployed": deployed, "environment": environment,
+        "checkpoint": checkpoint.weights_path.name, "config": config.name,
+    }  # fmt: skip
+    artifacts.write_json(config.paths.report / "config.json", config.resolved())
+    export_report.write(config, summary, evaluation)
+    artifacts.write_json(config.paths.report / "summary.json", summary)  # last: it says that the rest is there
+    return summary
+
+
+def _rebuilt(checkpoint: checkpoints.Checkpoint) -> Any:
+    """The network of a Stage 2 checkpoint, in eval mode."""
+    from backend.training.models.stage2_unet import HairInpaintingUNet, empty_unet
+
+    model = HairInpaintingUNet(empty_unet(checkpoint.header["unet_config"]), int(checkpoint.header["style_tokens"]))
+    model.unet.to(checkpoint.weights["unet.conv_in.weight"].dtype)
+    model.load_state_dict(checkpoint.weights)
+    return model.eval().requires_grad_(False)
+
+
+def _header(
+    config: Config, trained: dict[str, Any], figures: dict[str, Any], gate: dict[str, Any], environment: dict[str, Any]
+) -> dict[str, Any]:
+    base = weights.files(config.paths.weights, "inpainting")
+    unet = next(path for path in base if path.parent.name == "unet" and path.suffix == ".safetensors")
+    metadata = config.paths.processed / "metadata.jsonl"
+    return {
+        "name": "deep_hair_v1",
+        "step": trained["step"],
+        "resolution": config.data.resolution,
+        "identity_model": config.identity_model,
+        "base": {"name": environment["weights"].get("inpainting", ""), "sha256": artifacts.sha256_file(unet)},
+        "config": config.resolved(),
+        "config_digest": config.digest(),
+        "data_digest": artifacts.sha256_file(metadata),
+        "metrics": figures,
+        "gate": gate,
+        "git_commit": environment["git_commit"],
+        "weights": environment["weights"],
+        "miniature": weights.is_miniature(config.paths.weights),
+        "licences": {part.name: part.licence for part in weights.PARTS},
+    }
+
+
+def _compare(ours: Any, reloaded: Any, evaluation: Any, config: Config) -> None:
+    """Paints one head with the live and the reloaded networks at one seed: they must agree bit by bit."""
+    import torch
+
+    from backend.tryon.painter import PaintRequest
+
+    ours.sampler.model.to(next(reloaded.sampler.model.parameters()).device)
+    request = PaintRequest(evaluation.transfer[0].head, None, None, "", 0)
+    first, second = (painter.paint([request], steps=2, guidance=config.evaluate.guidance) for painter in (ours, reloaded))
+    if not torch.equal(first, second):
+        difference = float((first - second).abs().max())
+        raise InvalidArtifactError(f"the reloaded bundle paints another picture than the trained model (largest difference {difference:g})")
+
+
+def deploy(candidate: Path, target: Path) -> None:
+    """Puts a checked bundle in place of the deployed one, which is kept as ``*.previous.safetensors``. At every moment the target is
+    whole, the old one or the new."""
+    if target.is_file():
+        with artifacts.replacing(target.with_name(f"{target.stem}.previous.safetensors")) as spare:
+            os.link(target, spare)
+    candidate.replace(target)
+    artifacts.sync_folder(target.parent)

@@ -1,0 +1,132 @@
+"""The page that says whether a model is good: verdict first, then figures with baselines, then pictures (DESIGN 4.5)."""
+
+from __future__ import annotations
+
+import json
+from html import escape
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from backend import artifacts
+from backend.config import Config
+from backend.imaging.decode import write_png
+from backend.training import html
+from backend.training.evaluate import Evaluation, Result
+from backend.training.stage2_files import log_rows
+
+
+def write(config: Config, summary: dict[str, Any], evaluation: Evaluation) -> None:
+    """Writes ``index.html`` (one file, nothing loaded from outside) and ``pictures.png`` into ``paths.report``."""
+    shown = config.evaluate.pictures
+    parts = [
+        _verdict(summary),
+        _weights(summary),
+        "<h2>Figures</h2>",
+        _figures(summary["evaluation"]),
+        "<h2>Transfer: another person's hair</h2><p>The prompt says nothing of hair; only the reference photo speaks.</p>",
+        *(_row(result, "result") for result in evaluation.transfer[:shown]),
+        "<h2>Reconstruction: the same head from another view</h2><p>Here the target's own photo is the truth.</p>",
+        *(_row(result, "result") for result in evaluation.reconstruction[:shown]),
+        "<h2>How it was made</h2>",
+        _stages(summary["stages"]),
+        _curve(config),
+        html.details("environment", json.dumps(summary["environment"], indent=2)),
+        html.details("configuration", json.dumps(config.resolved(), indent=2)),
+    ]
+    page = html.page("DeepHair: evaluation", parts, lead=f"Configuration {config.name}, checkpoint {summary['checkpoint']}.")
+    artifacts.write_text(config.paths.report / "index.html", page)
+    write_png(config.paths.report / "pictures.png", picture_sheet(evaluation.transfer[: min(shown, 6)]))
+
+
+def picture_sheet(results: list[Result]) -> NDArray[np.uint8]:
+    """Rows of target, reference, bald, result as one picture (rows * S, 4 * S, 3) uint8 RGB."""
+    return np.vstack([np.hstack([r.target.photo, r.reference.photo, r.head.bald, r.picture]) for r in results])
+
+
+def _verdict(summary: dict[str, Any]) -> str:
+    gate = summary["gate"]
+    kind = "good" if gate["passed"] else "bad"
+    if gate["passed"]:
+        lead = "Passed and deployed."
+    elif gate["forced"]:
+        lead = f"Not passed; deployed by force: {gate['force_reason']}"
+    else:
+        lead = "Not passed; not deployed. What was deployed before stays."
+    lines = [f"<p><strong>{escape(lead)}</strong> The profile <em>{gate['profile']}</em> decides.</p>"]
+    for profile in ("design", "evidence"):
+        verdict = gate[profile]
+        mark = '<span class="good">passed</span>' if verdict["passed"] else '<span class="bad">not passed</span>'
+        reasons = "".join(f"<li>{escape(reason)}</li>" for reason in verdict["reasons"])
+        lines.append(f"<p>Profile {profile}: {mark}</p>" + (f"<ul>{reasons}</ul>" if reasons else ""))
+    return f'<div class="verdict {kind}">{"".join(lines)}</div>'
+
+
+def _weights(summary: dict[str, Any]) -> str:
+    used = summary["environment"]["weights"]
+    note = ""
+    if any(text.startswith("miniature") for text in used.values()):
+        note = "<p><strong>Miniature weights were used: these figures speak of the code and the method, not of photo quality.</strong></p>"
+    return note + html.details("pretrained parts", "\n".join(f"{name}: {text}" for name, text in sorted(used.items())))
+
+
+def _figures(figures: dict[str, Any]) -> str:
+    base = figures["baselines"]
+    n, pairs = figures["samples_reconstruction"], figures["samples"]
+    rows = [
+        ["LPIPS, reconstruction (lower is better)", _shown(figures, "lpips"), f"bald image {_shown(base['bald'], 'lpips')}",
+         f"VAE alone {_shown(figures['ceiling_vae'], 'lpips')}", n],
+        ["PSNR in the hair, reconstruction, dB (higher)", _shown(figures, "masked_psnr"), f"bald image {_shown(base['bald'], 'masked_psnr')}",
+         f"VAE alone {_shown(figures['ceiling_vae'], 'masked_psnr')}", n],
+        ["hair colour difference, transfer, CIEDE2000 (lower)", _shown(figures, "hair_color_delta_e"),
+         f"unchanged photo {_shown(base['no_op'], 'hair_color_delta_e')}",
+         f"shuffled reference {_shown(base['shuffled_reference'], 'hair_color_delta_e')}", pairs],
+        ["largest change outside the mask (must be 0)", figures["outside_max_abs_diff"], "", "", pairs + n],
+    ]  # fmt: skip
+    table = html.table(["figure", "ours", "baseline", "second baseline or ceiling", "samples"], rows)
+    return table + f'<p class="soft">Means with 95 % bootstrap intervals over {figures["heads"]} heads of the {figures["split"]} split; LPIPS backbone: {escape(figures["lpips_backbone"])}. {escape(figures["protocol"])}.</p>'
+
+
+def _shown(values: dict[str, Any], name: str) -> str:
+    low, high = values[f"{name}_ci"]
+    return f"{values[name]:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _row(result: Result, title: str) -> str:
+    mask = (result.mask * 255).round().astype(np.uint8)
+    pictures = [
+        html.picture(result.target.photo, f"target {result.target.id}"),
+        html.picture(result.reference.photo, f"reference {result.reference.id}"),
+        html.picture(mask, "what may change"),
+        html.picture(result.head.bald, "hair taken out"),
+        html.picture(result.picture, title),
+    ]
+    return html.row(pictures)
+
+
+def _stages(stages: dict[str, dict[str, Any]]) -> str:
+    rows = [[name, *(_text(values.get("seconds")),), ", ".join(f"{k} {_text(v)}" for k, v in values.items() if k != "seconds")] for name, values in stages.items()]
+    return html.table(["stage", "seconds", "what it says"], rows, numeric=False)
+
+
+def _text(value: object) -> str:
+    return "not run here" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _curve(config: Config) -> str:
+    """The validation loss over the run as a small drawing."""
+    points = [(row["step"], row["validation_loss"]) for row in log_rows(config) if "validation_loss" in row]
+    if len(points) < 2:
+        return ""
+    steps, values = [p[0] for p in points], [p[1] for p in points]
+    low, high = min(values), max(values)
+    span, last = (high - low) or 1.0, steps[-1] or 1
+    line = " ".join(f"{20 + 560 * step / last:.1f},{20 + 120 * (high - value) / span:.1f}" for step, value in points)
+    return (
+        '<figure><svg viewBox="0 0 600 170" width="600" role="img" aria-label="validation loss over training steps" style="max-width:100%">'
+        f'<polyline points="{line}" fill="none" stroke="currentColor" stroke-width="2"/>'
+        f'<text x="20" y="14" font-size="12" fill="currentColor">{high:.4f}</text><text x="20" y="160" font-size="12" fill="currentColor">{low:.4f}</text>'
+        f'<text x="580" y="160" font-size="12" text-anchor="end" fill="currentColor">step {last}</text></svg>'
+        "<figcaption>validation loss: fixed photos, timesteps and noise, heads never trained on</figcaption></figure>"
+    )

@@ -1,0 +1,58 @@
+"""The only way into production: two verdicts on the same figures, one of which decides (DESIGN section 7; issue texts of Stage 3)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from backend.config import GateConfig
+
+Interval = list[float]
+
+
+def decide(evaluation: dict[str, Any], settings: GateConfig) -> dict[str, Any]:
+    """The ``gate`` object of summary.json: both profiles with every reason, the one that decides, and whether a failure was forced."""
+    profiles = {"design": _verdict(_design(evaluation, settings)), "evidence": _verdict(_evidence(evaluation))}
+    passed = bool(profiles[settings.profile]["passed"])
+    forced = not passed and bool(settings.force)
+    return {
+        "profile": settings.profile,
+        "passed": passed,
+        "forced": forced,
+        "force_reason": settings.force if forced else "",
+        **profiles,
+        "thresholds": {"lpips_max": settings.lpips_max, "psnr_min": settings.psnr_min, "outside_max_abs_diff": 0},
+    }
+
+
+def _verdict(reasons: list[str]) -> dict[str, Any]:
+    return {"passed": not reasons, "reasons": reasons}
+
+
+def _design(figures: dict[str, Any], settings: GateConfig) -> list[str]:
+    """The original document's thresholds, on paired reconstruction."""
+    reasons = []
+    if not figures["lpips"] <= settings.lpips_max:
+        reasons.append(f"LPIPS {figures['lpips']:.3f} is above {settings.lpips_max:.2f}")
+    if not figures["masked_psnr"] >= settings.psnr_min:
+        reasons.append(f"masked PSNR {figures['masked_psnr']:.2f} dB is below {settings.psnr_min:.1f} dB")
+    return reasons
+
+
+def _evidence(figures: dict[str, Any]) -> list[str]:
+    """Exact preservation, and better than every baseline with the 95 % intervals apart."""
+    reasons = []
+    if figures["outside_max_abs_diff"] != 0:
+        reasons.append(f"pixels outside the mask changed by up to {figures['outside_max_abs_diff']}")
+    for name in ("no_op", "shuffled_reference"):
+        reasons += _not_below(figures, figures["baselines"][name], "hair_color_delta_e", f"hair colour difference (CIEDE2000) against {name}")
+    bald = figures["baselines"]["bald"]
+    reasons += _not_below(figures, bald, "lpips", "reconstruction LPIPS against the bald image")
+    reasons += _not_below(bald, figures, "masked_psnr", "reconstruction PSNR: the bald image's against ours")
+    return reasons
+
+
+def _not_below(lower: dict[str, Any], upper: dict[str, Any], name: str, what: str) -> list[str]:
+    ours, theirs = lower[f"{name}_ci"], upper[f"{name}_ci"]
+    if ours[1] < theirs[0]:
+        return []
+    return [f"{what}: {lower[name]:.3f} [{ours[0]:.3f}, {ours[1]:.3f}] is not clearly below {upper[name]:.3f} [{theirs[0]:.3f}, {theirs[1]:.3f}]"]

@@ -1,0 +1,1 @@
+"""The networks and their losses; each imports torch, and nothing here imports a training loop."""

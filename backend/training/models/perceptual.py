@@ -1,0 +1,104 @@
+"""The perceptual network that the Gram loss and LPIPS share: VGG16's convolutions with LPIPS' linear heads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from backend import artifacts, weights
+from backend.errors import InvalidArtifactError
+
+_VGG16 = (2, 2, 3, 3, 3)  # convolutions per block; the features are the last activation of each block
+_MEAN, _STD = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # lpips v0.1: ImageNet's statistics for inputs in [-1, 1]
+
+
+class PerceptualNet(nn.Module):
+    """The convolutions of VGG16 (arXiv 1409.1556) and the linear heads of LPIPS (arXiv 1801.03924, v0.1).
+
+    The widths are read from the weights, so the miniature's narrow network takes the same way as the real one. Frozen.
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, widths: tuple[int, ...] = (64, 128, 256, 512, 512)) -> None:
+        super().__init__()
+        blocks, channels = [], 3
+        for width, count in zip(widths, _VGG16, strict=True):
+            layers: list[nn.Module] = []
+            for _ in range(count):
+                layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
+                channels = width
+            blocks.append(nn.Sequential(*layers))
+        self.blocks = nn.ModuleList(blocks)
+        self.heads = nn.ParameterList([nn.Parameter(torch.zeros(1, width, 1, 1)) for width in widths])
+        self.register_buffer("mean", torch.tensor(_MEAN).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(_STD).view(1, 3, 1, 1))
+        self.requires_grad_(False)
+
+    @classmethod
+    def from_tensors(cls, convolutions: dict[str, torch.Tensor], heads: dict[str, torch.Tensor]) -> PerceptualNet:
+        """Built from torchvision's VGG16 names (``features.{i}.weight``) and lpips' (``lin{k}.model.1.weight``).
+
+        Raises KeyError or RuntimeError when they are of another network.
+        """
+        indices = _convolution_indices()
+        widths = tuple(convolutions[f"features.{block[-1]}.weight"].shape[0] for block in indices)
+        network = cls(widths)
+        with torch.no_grad():
+            for block, numbers in zip(network.blocks, indices, strict=True):
+                convolutions_here = [layer for layer in block.children() if isinstance(layer, nn.Conv2d)]
+                for convolution, number in zip(convolutions_here, numbers, strict=True):
+                    assert convolution.bias is not None  # built with one, above
+                    convolution.weight.copy_(convolutions[f"features.{number}.weight"])
+                    convolution.bias.copy_(convolutions[f"features.{number}.bias"])
+            for k, head in enumerate(network.heads):
+                head.copy_(heads[f"lin{k}.model.1.weight"])
+        return network.eval()
+
+    def features(self, image: torch.Tensor) -> list[torch.Tensor]:
+        """The five feature maps of (B, 3, H, W) in [-1, 1]."""
+        current = (image - self.mean) / self.std
+        maps = []
+        for number, block in enumerate(self.blocks):
+            current = block(F.max_pool2d(current, 2) if number else current)
+            maps.append(current)
+        return maps
+
+    def lpips(self, image: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        """LPIPS of pictures in [-1, 1], (B, 3, H, W) each -> (B,)."""
+        distance = torch.zeros(image.shape[0], device=image.device)
+        for a, b, head in zip(self.features(image), self.features(other), self.heads, strict=True):
+            difference = (_unit(a) - _unit(b)).square()
+            distance = distance + (difference * head).sum(dim=1).mean(dim=(1, 2))
+        return distance
+
+
+def _unit(features: torch.Tensor) -> torch.Tensor:
+    return features / (features.square().sum(dim=1, keepdim=True).sqrt() + 1e-10)
+
+
+def _convolution_indices() -> list[list[int]]:
+    """torchvision's numbering of VGG16's convolutions: conv and ReLU in turn, a pooling after each block."""
+    indices, position = [], 0
+    for count in _VGG16:
+        indices.append([position + 2 * k for k in range(count)])
+        position += 2 * count + 1
+    return indices
+
+
+def load_perceptual(folder: Path) -> tuple[PerceptualNet, str]:
+    """The network below ``paths.weights`` and the name on its card (``vgg16``, or ``miniature``).
+
+    Raises MissingInputError when a file is not there, InvalidArtifactError when the network is not VGG16-shaped.
+    """
+    weights.require(folder, "perceptual")
+    convolutions, heads, card = weights.files(folder, "perceptual")
+    try:
+        network = PerceptualNet.from_tensors(artifacts.load_tensors(convolutions), artifacts.load_tensors(heads))
+    except (KeyError, RuntimeError) as error:
+        raise InvalidArtifactError(f"the perceptual network in {convolutions.parent} is not VGG16-shaped: {error}") from error
+    return network, str(artifacts.read_json(card).get("name", "vgg16"))

@@ -1,0 +1,176 @@
+"""Stage 2's network: the 9-channel SDXL inpainting UNet with style and identity tokens beside the text (DESIGN 4.3).
+
+Shapes: B batch, h w latent sides, D the UNet's cross-attention width (2048 in SDXL), S style tokens, C = 77 + S + 1 context tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from backend.errors import InvalidArtifactError
+
+STYLE_WIDTH = 2048  # the Stage 1 embedding
+IDENTITY_WIDTH = 512
+CHANNELS = 9  # noisy latents 4, mask 1, bald latents 4: diffusers' order
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What a prediction is conditioned on.
+
+    text: (B, 77, D). pooled: (B, P) SDXL's pooled text. style: (B, S, 2048). style_valid: (B,) bool. identity: (B, 512) unit length.
+    identity_valid: (B,) bool. Where a flag is false the learned null token takes the token's place.
+    """
+
+    text: torch.Tensor
+    pooled: torch.Tensor
+    style: torch.Tensor
+    style_valid: torch.Tensor
+    identity: torch.Tensor
+    identity_valid: torch.Tensor
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Conditions:
+        """Moved to a device, floating parts in ``dtype``."""
+        moved = {
+            name: value.to(device) if value.dtype == torch.bool else value.to(device=device, dtype=dtype) for name, value in vars(self).items()
+        }
+        return Conditions(**moved)
+
+
+class CrossAttentionInjector(nn.Module):
+    """Turns a style embedding and an identity into context tokens appended to the text (DESIGN 4.3).
+
+    Style: Linear + LayerNorm per token. Identity: Linear + GELU + Linear. Each has a learned null token for "not given".
+    """
+
+    def __init__(self, width: int, style_tokens: int = 1) -> None:
+        super().__init__()
+        self.style_tokens = style_tokens
+        self.style_projection = nn.Sequential(nn.Linear(STYLE_WIDTH, width), nn.LayerNorm(width))
+        self.identity_projection = nn.Sequential(nn.Linear(IDENTITY_WIDTH, width), nn.GELU(), nn.Linear(width, width))
+        self.style_null = nn.Parameter(torch.zeros(1, style_tokens, width))
+        self.identity_null = nn.Parameter(torch.zeros(1, 1, width))
+
+    def forward(self, conditions: Conditions) -> torch.Tensor:
+        """The context (B, 77 + S + 1, D)."""
+        if conditions.style.shape[1:] != (self.style_tokens, STYLE_WIDTH):
+            raise ValueError(f"style features must be (B, {self.style_tokens}, {STYLE_WIDTH}), got {tuple(conditions.style.shape)}")
+        style = torch.where(conditions.style_valid[:, None, None], self.style_projection(conditions.style), self.style_null)
+        identity = self.identity_projection(conditions.identity)[:, None]
+        identity = torch.where(conditions.identity_valid[:, None, None], identity, self.identity_null)
+        return torch.cat([conditions.text, style.to(conditions.text.dtype), identity.to(conditions.text.dtype)], dim=1)
+
+
+class HairInpaintingUNet(nn.Module):
+    """The UNet and its injector, each registered once: ``unet.*`` and ``injector.*``."""
+
+    def __init__(self, unet: Any, style_tokens: int = 1) -> None:
+        super().__init__()
+        self.unet = unet
+        self.injector = CrossAttentionInjector(unet.config.cross_attention_dim, style_tokens)
+
+    def forward(
+        self,
+        noisy: torch.Tensor,
+        mask: torch.Tensor,
+        bald: torch.Tensor,
+        timesteps: torch.Tensor,
+        conditions: Conditions,
+        time_ids: torch.Tensor,
+    ) -> torch.Tensor:
+        """The predicted noise (B, 4, h, w).
+
+        noisy, bald: (B, 4, h, w) latents, scaled. mask: (B, 1, h, w) 0 or 1. timesteps: (B,) int64 0..999. time_ids: (B, 6).
+        """
+        sample = torch.cat([noisy, mask, bald], dim=1)
+        added = {"text_embeds": conditions.pooled, "time_ids": time_ids}
+        prediction: torch.Tensor = self.unet(
+            sample, timesteps, encoder_hidden_states=self.injector(conditions), added_cond_kwargs=added, return_dict=False
+        )[0]
+        return prediction
+
+
+def widen_conv_in(unet: Any) -> Any:
+    """Makes a UNet take 9 channels: a 4-channel one gets zero weights for the new five and keeps its bias, a 9-channel one is left alone.
+
+    With zero weights the widened network predicts exactly what the 4-channel one did. Raises InvalidArtifactError for any other count.
+    """
+    channels = unet.config.in_channels
+    if channels == CHANNELS:
+        return unet
+    if channels != 4:
+        raise InvalidArtifactError(
+            f"the base UNet takes {channels} input channels", hint="use an SDXL base (4 channels) or an SDXL inpainting base (9 channels)"
+        )
+    old = unet.conv_in
+    new: Any = nn.Conv2d(CHANNELS, old.out_channels, old.kernel_size, old.stride, old.padding, dtype=old.weight.dtype, device=old.weight.device)
+    with torch.no_grad():
+        new.weight.zero_()
+        new.weight[:, :4] = old.weight
+        new.bias.copy_(old.bias)
+    unet.conv_in = new
+    unet.register_to_config(in_channels=CHANNELS)
+    return unet
+
+
+def load_unet(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The base UNet of a diffusers folder, on the CPU, with 9 input channels. Raises InvalidArtifactError when it is no SDXL UNet."""
+    from diffusers import UNet2DConditionModel
+
+    try:
+        unet = UNet2DConditionModel.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InvalidArtifactError(f"the UNet in {folder} cannot be loaded: {error}") from error
+    _require_sdxl(unet.config, folder)
+    return widen_conv_in(unet)
+
+
+def empty_unet(config: dict[str, Any]) -> Any:
+    """A UNet of a stored configuration, with weights to be filled in (used when loading a bundle)."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel.from_config(config)
+
+
+def unet_config(unet: Any) -> dict[str, Any]:
+    """The UNet's configuration as JSON, from which ``empty_unet`` builds the same network."""
+    plain: dict[str, Any] = json.loads(unet.to_json_string())
+    return {key: value for key, value in plain.items() if key != "_name_or_path"}
+
+
+def _require_sdxl(config: Any, folder: Path) -> None:
+    if config.addition_embed_type != "text_time":
+        raise InvalidArtifactError(
+            f"the UNet in {folder} has addition_embed_type={config.addition_embed_type!r}; SDXL's is 'text_time'",
+            hint="Stable Diffusion 1.5 and 2 are not supported",
+        )
+
+
+def time_ids(batch: int, resolution: int) -> torch.Tensor:
+    """SDXL's micro-conditioning (arXiv 2307.01952, section 2.2), (B, 6) float32: original size, crop corner 0 0, target size."""
+    return torch.tensor([[resolution, resolution, 0, 0, resolution, resolution]], dtype=torch.float32).repeat(batch, 1)
+
+
+# The published configuration of diffusers/stable-diffusion-xl-1.0-inpainting-0.1 where it differs from the class's defaults.
+SDXL_UNET_CONFIG: dict[str, Any] = {
+    "sample_size": 128,
+    "in_channels": CHANNELS,
+    "out_channels": 4,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "block_out_channels": [320, 640, 1280],
+    "layers_per_block": 2,
+    "attention_head_dim": [5, 10, 20],
+    "cross_attention_dim": 2048,
+    "transformer_layers_per_block": [1, 2, 10],
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}

@@ -1,0 +1,31 @@
+"""Names of Stage 2's files below ``paths.checkpoints`` (DESIGN 4.3), for everyone who writes or reads them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from backend.config import Config
+
+PREFIX = "stage2"
+LATEST = "deep_hair_v1_latest"
+FORMAT = "deephair-stage2-1"
+
+
+def texture_encoder_path(config: Config) -> Path:
+    """Where Stage 1 leaves its encoder."""
+    return config.paths.checkpoints / "texture_encoder.safetensors"
+
+
+def log_path(config: Config) -> Path:
+    """One JSON object per line: training losses every few steps, validation losses."""
+    return config.paths.checkpoints / "stage2_log.jsonl"
+
+
+def log_rows(config: Config) -> list[dict[str, Any]]:
+    """The lines of the training log, oldest first; empty when there is none."""
+    path = log_path(config)
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]

@@ -1,0 +1,263 @@
+"""Stage 1's data: which patches there are, which ones a step sees, and the two views it sees of each (DESIGN 4.1, 4.2).
+
+Everything a step draws is keyed by (seed, step), so a resumed run sees exactly what an undisturbed one would have seen.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from backend import artifacts
+from backend.errors import InvalidArtifactError, MissingInputError
+from backend.imaging.decode import read_png
+from backend.training import keyed
+from backend.training.models.supcon import UNKNOWN
+
+logger = logging.getLogger(__name__)
+
+SPLITS = ("train", "val", "test")
+MEMORY_BUDGET = 2 << 30  # bytes of decoded patches that are kept; beyond it each step decodes its own
+LOWEST_SCALE = 0.75  # of a view's crop: a narrower one would make waves look like another class's
+LARGEST_TURN = 20.0  # degrees
+
+Ints = NDArray[np.int64]
+Pictures = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class PatchTable:
+    """The patches of one split, sorted as in metadata.jsonl. All arrays are int64 (N,); labels are UNKNOWN where there is none.
+
+    photo and group number the photo and the head of each patch; ``photo_ids`` and ``group_names`` are what the numbers stand for.
+    """
+
+    paths: tuple[Path, ...]
+    photo: Ints
+    group: Ints
+    curl: Ints
+    volume: Ints
+    photo_ids: tuple[str, ...]
+    group_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def spread(self, count: int) -> Ints:
+        """At most ``count`` patch numbers, evenly spaced, so that every head keeps its share."""
+        return np.unique(np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(np.int64)) if len(self) else np.zeros(0, np.int64)
+
+
+def read_patch_tables(processed: Path) -> dict[str, PatchTable]:
+    """The patches of train, val and test below a Stage 0 output folder.
+
+    Raises MissingInputError when Stage 0 has not run, InvalidArtifactError for a label out of range or a head on two sides of the split.
+    """
+    metadata = processed / "metadata.jsonl"
+    if not metadata.is_file():
+        raise MissingInputError(f"there is no {metadata}", hint="run 'deephair prepare' first")
+    rows: dict[str, list[tuple[Path, str, str, int, int]]] = {split: [] for split in SPLITS}
+    side_of: dict[str, str] = {}
+    for row in artifacts.iter_jsonl(metadata):
+        split, group = row["split"], row["group"]
+        if split not in rows or side_of.setdefault(group, split) != split:
+            raise InvalidArtifactError(
+                f"{metadata}: head {group} of photo {row['id']} is in split '{split}' and in '{side_of.get(group)}'",
+                hint="a head must lie in one of train, val and test; run 'deephair prepare' again",
+            )
+        curl, volume = _label(row, "curl", 4), _label(row, "volume", 3)
+        rows[split] += [(processed / name, row["id"], group, curl, volume) for name in row["patches"]]
+    return {split: _table(found) for split, found in rows.items()}
+
+
+def _label(row: dict[str, object], name: str, classes: int) -> int:
+    value = row[name]
+    if value is None:
+        return UNKNOWN
+    if not isinstance(value, int) or not 0 <= value < classes:
+        raise InvalidArtifactError(f"photo {row['id']} has {name} {value!r}, wanted 0 to {classes - 1} or null")
+    return value
+
+
+def _table(rows: list[tuple[Path, str, str, int, int]]) -> PatchTable:
+    photos = {name: number for number, name in enumerate(dict.fromkeys(row[1] for row in rows))}
+    groups = {name: number for number, name in enumerate(dict.fromkeys(row[2] for row in rows))}
+    numbers = np.array([(photos[row[1]], groups[row[2]], row[3], row[4]) for row in rows], np.int64).reshape(-1, 4)
+    photo, group, curl, volume = numbers.T
+    return PatchTable(tuple(row[0] for row in rows), photo, group, curl, volume, tuple(photos), tuple(groups))
+
+
+def raked_shares(counts: NDArray[np.float64], rounds: int = 100) -> NDArray[np.float64]:
+    """Shares of the cells of a table of counts (R, C) whose known rows and columns weigh the same (Deming and Stephan 1940).
+
+    The last row and the last column stand for an unknown label and keep their natural share. Empty cells stay empty; where they make
+    equal margins impossible, the last round's compromise stands. Sums to 1.
+    """
+    shares = counts / counts.sum()
+    targets = []
+    for axis in (1, 0):
+        margin = shares.sum(axis=axis)
+        known = np.flatnonzero(margin[:-1])
+        target = margin.copy()
+        target[known] = margin[:-1].sum() / max(len(known), 1)
+        targets.append(target)
+    for _ in range(rounds):
+        shares = shares * _ratio(targets[0], shares.sum(axis=1))[:, None]
+        shares = shares * _ratio(targets[1], shares.sum(axis=0))[None, :]
+    return np.asarray(shares / shares.sum())
+
+
+def _ratio(wanted: NDArray[np.float64], have: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.divide(wanted, have, out=np.ones_like(wanted), where=have > 0)
+
+
+class BalancedSampler:
+    """Draws batches in which classes weigh the same, and within a class every head does, however many photos it has.
+
+    A cell is one pair of curl and volume. Raking its number of heads makes both labels uniform at once where the data allow it.
+    Heads come without repetition until a cell has no more. Patches without any label are never drawn: they teach nothing here.
+    """
+
+    def __init__(self, table: PatchTable, *, batch_size: int, seed: int) -> None:
+        labelled = np.flatnonzero((table.curl != UNKNOWN) | (table.volume != UNKNOWN))
+        if not len(labelled):
+            raise InvalidArtifactError("no patch of the training split has a curl or volume label", hint="look at report.html of Stage 0")
+        self.batch_size, self.seed = batch_size, seed
+        cell = (table.curl[labelled] % 5) * 4 + table.volume[labelled] % 4  # UNKNOWN (-1) becomes the last row or column
+        order = np.lexsort((table.group[labelled], cell))
+        self._patches = labelled[order]
+        keys = np.stack([cell[order], table.group[self._patches]])
+        starts = np.flatnonzero(np.r_[True, (keys[:, 1:] != keys[:, :-1]).any(axis=0)])
+        self._bounds = np.r_[starts, len(self._patches)]  # one bucket for each head in each cell
+        self._buckets = {int(c): np.flatnonzero(keys[0, starts] == c) for c in np.unique(keys[0])}
+        counts = np.zeros(20)
+        for c, buckets in self._buckets.items():
+            counts[c] = len(buckets)
+        self.shares = raked_shares(counts.reshape(5, 4))  # (5, 4): curl 0..3 and unknown, volume 0..2 and unknown
+
+    def patches(self, step: int) -> Ints:
+        """The patch numbers of one step, (batch_size,) int64, in random order."""
+        rng = keyed.numpy_generator(self.seed, "texture patches", step)
+        # Evenly spaced points instead of independent ones: every batch has the shares, not only their average.
+        points = (rng.random() + np.arange(self.batch_size)) / self.batch_size
+        cells = np.searchsorted(np.cumsum(self.shares.ravel()), points, side="right").clip(max=max(self._buckets))
+        drawn = []
+        for cell, count in zip(*np.unique(cells, return_counts=True), strict=True):
+            buckets = self._buckets[int(cell)]
+            heads = np.concatenate([rng.permutation(buckets) for _ in range(-(-int(count) // len(buckets)))])[:count]
+            drawn.append(self._patches[rng.integers(self._bounds[heads], self._bounds[heads + 1])])
+        return rng.permutation(np.concatenate(drawn))
+
+
+class PatchImages:
+    """Pixels of a table's patches at one side: decoded once when they fit ``budget`` bytes, else on demand."""
+
+    def __init__(self, table: PatchTable, side: int, *, workers: int, budget: int = MEMORY_BUDGET) -> None:
+        self.paths, self.side = table.paths, side
+        self._kept: Pictures | None = None
+        if len(table) * side * side * 3 <= budget:
+            with ThreadPoolExecutor(max(workers, 1)) as pool:
+                self._kept = np.stack([*pool.map(self._read, self.paths)]) if len(table) else np.zeros((0, side, side, 3), np.uint8)
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether reading costs no decoding."""
+        return self._kept is not None
+
+    def get(self, numbers: Ints) -> Pictures:
+        """Patches by number, (len(numbers), side, side, 3) uint8 RGB. Raises ImageError naming a file that cannot be read."""
+        if self._kept is not None:
+            return self._kept[numbers]
+        return np.stack([self._read(self.paths[int(number)]) for number in numbers])
+
+    def _read(self, path: Path) -> Pictures:
+        image = read_png(path)
+        if image.ndim != 3 or image.shape[2] != 3:
+            raise InvalidArtifactError(f"{path} is not an RGB picture: its shape is {image.shape}", hint="run 'deephair prepare' again")
+        return fit_patch(image, self.side)
+
+
+def fit_patch(image: Pictures, side: int) -> Pictures:
+    """An RGB patch (H, W, 3) uint8 at side x side, averaged when it shrinks, so that strands do not alias."""
+    if image.shape[:2] == (side, side):
+        return image
+    shrinking = image.shape[0] > side
+    return np.asarray(cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA if shrinking else cv2.INTER_CUBIC), np.uint8)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's input. patches: numbers of the WHOLE batch (B,); images: this process's rows, (b, S, S, 3) uint8 on the CPU."""
+
+    step: int
+    patches: Ints
+    images: Tensor
+
+
+def feed(images: PatchImages, sampler: BalancedSampler, steps: range, rows: slice, *, workers: int) -> Generator[Batch]:
+    """Batches of the given steps in order; decoding runs ahead in ``workers`` threads unless the pixels are in memory already."""
+
+    def load(step: int) -> Batch:
+        patches = sampler.patches(step)
+        return Batch(step, patches, torch.from_numpy(images.get(patches[rows])))
+
+    if images.in_memory or workers == 0:
+        yield from map(load, steps)
+        return
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="patches")
+    try:
+        coming = iter(steps)
+        pending: deque[Future[Batch]] = deque(pool.submit(load, step) for _, step in zip(range(2 * workers), coming, strict=False))
+        while pending:
+            batch = pending.popleft().result()
+            if (following := next(coming, None)) is not None:
+                pending.append(pool.submit(load, following))
+            yield batch
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def draw_views(count: int, seed: int, step: int) -> Tensor:
+    """Two random views of each of ``count`` patches, as affine maps for ``augment``: float32 (2, count, 2, 3).
+
+    A view is mirrored or not, turned, moved, and cropped to 3/4 of the side at least. Nothing touches colour, which the embedding has
+    to carry, and nothing blurs. No label is about a side, so mirroring is safe.
+    """
+    draw = torch.rand((5, 2, count), generator=keyed.torch_generator(seed, "texture views", step))
+    scale = LOWEST_SCALE + (1 - LOWEST_SCALE) * draw[0]
+    angle = torch.deg2rad((2 * draw[1] - 1) * LARGEST_TURN)
+    mirror = torch.where(draw[2] < 0.5, -1.0, 1.0)
+    shift = (1 - scale) * (2 * draw[3:] - 1)
+    cos, sin = scale * torch.cos(angle), scale * torch.sin(angle)
+    first = torch.stack([cos * mirror, -sin, shift[0]], dim=-1)
+    second = torch.stack([sin * mirror, cos, shift[1]], dim=-1)
+    return torch.stack([first, second], dim=-2)
+
+
+def augment(images: Tensor, views: Tensor) -> Tensor:
+    """Draws the views. images: (b, S, S, 3) uint8; views: (2, b, 2, 3) on the same device. Returns (2b, 3, S, S) float32 in [0, 1]."""
+    pixels = to_unit(images).repeat(2, 1, 1, 1)
+    grid = functional.affine_grid(views.flatten(0, 1), list(pixels.shape), align_corners=False)
+    return functional.grid_sample(pixels, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """(b, S, S, 3) uint8 -> (b, 3, S, S) float32 in [0, 1]."""
+    return images.permute(0, 3, 1, 2).float() / 255
+
+
+def name_patches(table: PatchTable, patches: Sequence[int] | Ints, limit: int = 8) -> str:
+    """The file names of some patches, for an error message."""
+    names = [table.paths[int(number)].name for number in patches[:limit]]
+    return ", ".join(names) + (f" and {len(patches) - limit} more" if len(patches) > limit else "")

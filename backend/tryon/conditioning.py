@@ -1,0 +1,167 @@
+"""What the UNet is told: the edit region and bald image, text tokens, style features and identity. Training and serving share it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional as F
+
+from backend import weights as pretrained
+from backend.errors import InvalidArtifactError
+from backend.imaging import bald, crop, masks
+from backend.training.models.stage2_unet import IDENTITY_WIDTH, Conditions
+from backend.training.models.texture_encoder import TextureEncoder
+
+TOKENS = 77
+
+
+@dataclass(frozen=True)
+class HeadInput:
+    """One head crop as the UNet sees it. region: (S, S) uint8 0/255, where hair may be painted. bald: (S, S, 3) uint8 RGB."""
+
+    region: NDArray[np.uint8]
+    bald: NDArray[np.uint8]
+
+
+def head_input(
+    photo: NDArray[np.uint8],
+    hair: NDArray[np.uint8],
+    face_box: crop.Box | None,
+    *,
+    method: bald.Method,
+    shape: masks.RegionShape | None = None,
+) -> HeadInput:
+    """The edit region of a head crop and the crop with that region filled.
+
+    The whole region is filled, not only the hair: a fill that ended where the hair ends would show its outline to the network.
+    photo: (S, S, 3) uint8 RGB; hair: (S, S) 0/255; shape: random measures in training, None when serving.
+    """
+    region = masks.edit_region(hair, face_box, shape)
+    return HeadInput(region, bald.remove_hair(photo, region, face_box, method))
+
+
+def to_tensor(pictures: Sequence[NDArray[np.uint8]]) -> torch.Tensor:
+    """(S, S, 3) uint8 RGB pictures as (B, 3, S, S) float32 in [-1, 1]."""
+    stacked = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float()
+    return stacked / 127.5 - 1.0
+
+
+def to_pictures(images: torch.Tensor) -> list[NDArray[np.uint8]]:
+    """(B, 3, S, S) in [-1, 1] as (S, S, 3) uint8 RGB pictures; out-of-range values are clipped, non-finite ones become 0."""
+    finite = torch.nan_to_num(images.detach().float().cpu(), nan=-1.0, posinf=1.0, neginf=-1.0)
+    scaled = ((finite.clamp(-1, 1) + 1.0) * 127.5).round().to(torch.uint8)
+    return [np.ascontiguousarray(picture) for picture in scaled.permute(0, 2, 3, 1).numpy()]
+
+
+def mask_tensor(regions: Sequence[NDArray[np.uint8]]) -> torch.Tensor:
+    """(S, S) uint8 0/255 masks as (B, 1, S, S) float32 0 or 1."""
+    return torch.from_numpy(np.stack(regions) > 0)[:, None].float()
+
+
+def latent_mask(mask: torch.Tensor, latent_side: int) -> torch.Tensor:
+    """A mask (B, 1, S, S) at latent size, by the nearest pixel: exactly what diffusers' inpaint pipeline does with the mask it is given."""
+    return F.interpolate(mask, size=(latent_side, latent_side))
+
+
+class TextEncoders:
+    """SDXL's two CLIP text encoders. Loaded when prompts must be encoded, dropped afterwards."""
+
+    def __init__(self, inpainting: Path, *, device: torch.device, dtype: torch.dtype) -> None:
+        from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+        try:
+            self._tokenizers = [CLIPTokenizer.from_pretrained(inpainting / name, local_files_only=True) for name in ("tokenizer", "tokenizer_2")]
+            self._encoders = [
+                kind.from_pretrained(inpainting / name, dtype=dtype, local_files_only=True, use_safetensors=True).to(device).eval()
+                for kind, name in ((CLIPTextModel, "text_encoder"), (CLIPTextModelWithProjection, "text_encoder_2"))
+            ]
+        except (OSError, ValueError, RuntimeError) as error:
+            raise InvalidArtifactError(f"the text encoders in {inpainting} cannot be loaded: {error}") from error
+        self._device = device
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Prompts as (B, 77, D) and pooled (B, P) on the CPU in float32: the next-to-last layer of both (arXiv 2307.01952, 2.1)."""
+        hidden, pooled = [], torch.empty(0)
+        for tokenizer, encoder in zip(self._tokenizers, self._encoders, strict=True):
+            tokens = tokenizer(list(prompts), padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
+            output = encoder(tokens.input_ids.to(self._device), output_hidden_states=True)
+            hidden.append(output.hidden_states[-2].float().cpu())
+            pooled = output[0].float().cpu()
+        return torch.cat(hidden, dim=-1), pooled
+
+
+def load_vae(inpainting: Path, *, device: torch.device, dtype: torch.dtype) -> Any:
+    """The VAE of a diffusers folder, frozen. Never plain fp16: SDXL's VAE overflows there (training_memory.md, section 3)."""
+    from diffusers import AutoencoderKL
+
+    if dtype == torch.float16:
+        raise ValueError("SDXL's VAE overflows in float16; use bfloat16 or float32")
+    try:
+        vae = AutoencoderKL.from_pretrained(inpainting / "vae", torch_dtype=dtype, local_files_only=True, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InvalidArtifactError(f"the VAE in {inpainting / 'vae'} cannot be loaded: {error}") from error
+    return vae.to(device).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def encode_latents(vae: Any, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of the scaled latents of (B, 3, S, S) in [-1, 1]: two (B, 4, S/8, S/8).
+
+    Raises InvalidArtifactError when they are not finite.
+    """
+    parameter = next(vae.parameters())
+    posterior = vae.encode(images.to(parameter.device, parameter.dtype)).latent_dist
+    mean, std = posterior.mean * vae.config.scaling_factor, posterior.std * vae.config.scaling_factor
+    if not (torch.isfinite(mean).all() and torch.isfinite(std).all()):
+        raise InvalidArtifactError("the VAE gave non-finite latents", hint="run it in bf16 or fp32; fp16 overflows in SDXL's VAE")
+    return mean, std
+
+
+def decode_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
+    """Scaled latents (B, 4, h, w) as pictures (B, 3, 8h, 8w), roughly in [-1, 1]; gradients flow."""
+    parameter = next(vae.parameters())
+    image: torch.Tensor = vae.decode(latents.to(parameter.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+    return image
+
+
+@torch.no_grad()
+def style_features(encoder: TextureEncoder, pictures: Sequence[NDArray[np.uint8]], tokens: int) -> torch.Tensor:
+    """Stage 1 features of style pictures (224 x 224 uint8 RGB): (B, tokens, 2048) float32 on the CPU; tokens is 1 (pooled) or 16."""
+    parameter = next(encoder.parameters())
+    images = ((to_tensor(pictures) + 1.0) / 2.0).to(parameter.device, parameter.dtype)
+    features = encoder.encode(images)[:, None] if tokens == 1 else encoder.patch_tokens(images)
+    return features.float().cpu()
+
+
+def identity_tensor(embeddings: Sequence[NDArray[np.float32] | None]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Identity embeddings as (B, 512) float32 and their validity (B,) bool; None is "not known" and becomes zeros, flagged."""
+    stacked = torch.zeros(len(embeddings), IDENTITY_WIDTH)
+    for row, embedding in zip(stacked, embeddings, strict=True):
+        if embedding is not None:
+            row.copy_(torch.from_numpy(np.asarray(embedding, np.float32)))
+    return stacked, torch.tensor([embedding is not None for embedding in embeddings])
+
+
+def null_conditions(empty_text: torch.Tensor, empty_pooled: torch.Tensor, like: Conditions) -> Conditions:
+    """The unconditional side of classifier-free guidance: the empty prompt and both null tokens. empty_text: (1, 77, D)."""
+    batch = like.text.shape[0]
+    return Conditions(
+        text=empty_text.expand(batch, -1, -1).to(like.text),
+        pooled=empty_pooled.expand(batch, -1).to(like.pooled),
+        style=torch.zeros_like(like.style),
+        style_valid=torch.zeros_like(like.style_valid),
+        identity=torch.zeros_like(like.identity),
+        identity_valid=torch.zeros_like(like.identity_valid),
+    )
+
+
+def inpainting_folder(weights: Path) -> Path:
+    """The diffusers folder of the base model."""
+    return pretrained.folder(weights, "inpainting")

@@ -1,0 +1,220 @@
+"""Try on: an upload and a reference become the upload with that hair (DESIGN section 5)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from backend.config import Config
+from backend.errors import DeepHairError, MissingInputError
+from backend.imaging import bald, composite, crop, patches
+from backend.training.data_processing.prompts import NEUTRAL_PROMPT
+from backend.training.models.bundle import load_bundle
+from backend.training.training_face import DetectedFace, FaceAnalyzer
+from backend.tryon.conditioning import head_input, to_pictures
+from backend.tryon.painter import Painter, PaintRequest, device_and_dtype
+from backend.tryon.sampling import Cancelled
+from backend.tryon.segmentation import HairParser
+
+__all__ = ["Cancelled", "FaceInfo", "Preview", "TryOn", "TryOnError", "TryOnRequest", "TryOnResult"]
+
+MIN_FACE = 40  # px in the upload; below that a head is too small to be restyled
+RIVAL_SHARE = 0.2  # a second face of this share of the largest one's area makes the choice a question for the person
+MIN_HAIR = 0.004  # share of a reference's head crop that must be hair
+
+
+class TryOnError(DeepHairError):
+    """A photo that cannot be worked with, in words. Codes: no_face, many_faces, too_small, side_view, no_hair, flat_output."""
+
+
+@dataclass(frozen=True)
+class TryOnRequest:
+    """target, reference: (H, W, 3) uint8 RGB, upright. At least one of reference and prompt. face: index into the preview's faces."""
+
+    target: NDArray[np.uint8]
+    reference: NDArray[np.uint8] | None
+    prompt: str | None
+    seed: int = 0
+    steps: int | None = None
+    guidance: float | None = None
+    face: int | None = None
+
+
+@dataclass(frozen=True)
+class TryOnResult:
+    """image: (H, W, 3) uint8 RGB of the target's size. mask: (H, W) float32; where it is 0 image equals target byte for byte."""
+
+    image: NDArray[np.uint8]
+    mask: NDArray[np.float32]
+    info: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class FaceInfo:
+    """A detected face. box: x0, y0, x1, y1 and landmarks (5 x 2) in the picture's pixels."""
+
+    box: crop.Box
+    confidence: float
+    landmarks: list[list[float]]
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What would be worked on. hair_mask: (H, W) uint8 0/255 of the largest face's head; all zero without a face."""
+
+    faces: list[FaceInfo]
+    hair_mask: NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class _Head:
+    square: crop.Square
+    photo: NDArray[np.uint8]  # the crop at the model's resolution
+    native: NDArray[np.uint8]  # the crop at the upload's own scale
+    hair: NDArray[np.uint8]  # at the upload's own scale
+    face_box: crop.Box | None  # in the crop at the model's resolution
+
+
+class TryOn:
+    """The product: a deployed bundle with the detector, the parser and the base model's parts. Not thread-safe; one per worker."""
+
+    def __init__(self, config: Config, painter: Painter, faces: FaceAnalyzer, parser: HairParser, header: dict[str, Any], sha256: str) -> None:
+        self.config, self.header, self.bundle_sha256 = config, header, sha256
+        self._painter, self._faces, self._parser = painter, faces, parser
+        self._resolution = int(header["resolution"])
+
+    @classmethod
+    def load(cls, config: Config) -> TryOn:
+        """Loads everything that serving needs. Raises MissingInputError or InvalidArtifactError with what to do."""
+        if not config.paths.bundle.is_file():
+            raise MissingInputError(
+                f"no deployed model at {config.paths.bundle}", hint="train and deploy one ('deephair run'), or 'make demo' for the miniature"
+            )
+        bundle = load_bundle(config.paths.bundle)
+        device, _ = device_and_dtype(config)
+        return cls(
+            config,
+            Painter.of_bundle(bundle, config),
+            FaceAnalyzer(config.paths.weights, bundle.header["identity_model"]),
+            HairParser(config.paths.weights, device=device),
+            bundle.header,
+            bundle.sha256,
+        )
+
+    def preview(self, image: NDArray[np.uint8]) -> Preview:
+        """The faces of a picture, largest first, and the hair of the largest one."""
+        faces = self._faces.detect(image)
+        mask = np.zeros(image.shape[:2], np.uint8)
+        if faces:
+            head = self._head(image, faces[0])
+            _lay(mask, head.hair, head.square)
+        return Preview([FaceInfo(f.box, f.confidence, f.landmarks.tolist()) for f in faces], mask)
+
+    def run(
+        self,
+        request: TryOnRequest,
+        *,
+        on_step: Callable[[int, int], None] | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> TryOnResult:
+        """Paints the reference's hair on the target. Raises TryOnError with an explanation, or Cancelled within one step."""
+        if request.reference is None and not request.prompt:
+            raise TryOnError("neither a reference photo nor a description of the hair was given", hint="give one of the two", code="nothing_to_try")
+        start = time.monotonic()
+        face = self._target_face(request.target, request.face)
+        head = self._head(request.target, face)
+        assert head.face_box is not None
+        hair = crop.resize(head.hair, self._resolution)
+        photo = bald.smooth_face(head.photo, head.face_box) if self.config.app.smooth_face else head.photo
+        entered = head_input(photo, hair, head.face_box, method=self.config.data.bald)
+        paint_request = PaintRequest(
+            head=entered,
+            style=None if request.reference is None else self.style_picture(request.reference),
+            identity=self._faces.embed(request.target, face.landmarks),
+            prompt=request.prompt or NEUTRAL_PROMPT,
+            seed=request.seed,
+        )
+        steps, guidance = request.steps or self.config.sample.steps, request.guidance or self.config.sample.guidance
+        painted = self._painter.paint([paint_request], steps=steps, guidance=guidance, on_step=on_step, cancelled=cancelled)
+        generated = checked_output(painted, entered.region)
+        pasted = composite.paste_back(request.target, generated, entered.region, head.square, self.config.sample.feather)
+        info = {
+            "bundle_sha256": self.bundle_sha256,
+            "seed": request.seed,
+            "steps": steps,
+            "guidance": guidance,
+            "seconds": round(time.monotonic() - start, 3),
+            "face_box": [round(v, 1) for v in face.box],
+            "changed_share": round(float((pasted.mask > 0).mean()), 4),
+        }
+        return TryOnResult(pasted.image, pasted.mask, info)
+
+    def style_picture(self, reference: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """The reference's hair as Stage 1 sees it. A reference from behind has no face and is taken as it is. Raises TryOnError."""
+        faces = self._faces.detect(reference)
+        head = self._head(reference, faces[0] if faces else None)
+        if float((head.hair > 0).mean()) < MIN_HAIR:
+            raise TryOnError("no hair was found in the reference photo", hint="choose a photo that shows the hairstyle larger and clearer", code="no_hair")
+        return patches.style_picture(head.native, head.hair)
+
+    def _target_face(self, image: NDArray[np.uint8], chosen: int | None) -> DetectedFace:
+        faces = self._faces.detect(image)
+        if not faces:
+            raise TryOnError("no face was found in your photo", hint="use a photo that shows the face from the front, well lit", code="no_face")
+        if chosen is not None and not 0 <= chosen < len(faces):
+            raise TryOnError(f"face {chosen} was chosen, the photo has {len(faces)}", hint="choose one of the faces of the preview", code="no_face")
+        if chosen is None and len(faces) > 1 and faces[1].area > RIVAL_SHARE * faces[0].area:
+            raise TryOnError(f"the photo has {len(faces)} faces", hint="choose whose hair to change, or crop the photo to one person", code="many_faces")
+        face = faces[chosen or 0]
+        size = max(face.box[2] - face.box[0], face.box[3] - face.box[1])
+        if size < MIN_FACE:
+            raise TryOnError(f"the face is {size:.0f} pixels large, at least {MIN_FACE} are needed", hint="use a larger photo", code="too_small")
+        if _is_side_view(face):
+            raise TryOnError("the face is seen from the side", hint="use a photo that shows both eyes", code="side_view")
+        return face
+
+    def _head(self, image: NDArray[np.uint8], face: DetectedFace | None) -> _Head:
+        """The head crop: first around the face, then around the face and the hair found in the first crop."""
+        height, width = image.shape[:2]
+        square = crop.head_square((0.0, 0.0, float(width), float(height)) if face is None else None, face.box if face else None)
+        hair = self._parser.hair(crop.crop_square(image, square))
+        found = crop.mask_box(hair)
+        if found is not None:
+            hair_box = (found[0] + square.x0, found[1] + square.y0, found[2] + square.x0, found[3] + square.y0)
+            clipped = (max(hair_box[0], 0.0), max(hair_box[1], 0.0), min(hair_box[2], float(width)), min(hair_box[3], float(height)))
+            if clipped[0] < clipped[2] and clipped[1] < clipped[3]:
+                square = crop.head_square(clipped, face.box if face else None)
+                hair = self._parser.hair(crop.crop_square(image, square))
+        native = crop.crop_square(image, square)
+        box = square.scaled_box(face.box, self._resolution) if face else None
+        return _Head(square, crop.resize(native, self._resolution), native, hair, box)
+
+
+def checked_output(painted: torch.Tensor, region: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The one painted crop as (S, S, 3) uint8, or TryOnError flat_output when it is no picture: not finite, or one colour."""
+    if not torch.isfinite(painted).all():
+        raise TryOnError("the model's output was not finite", hint="try another seed; if it happens again, deploy another model", code="flat_output")
+    picture = to_pictures(painted)[0]
+    if float(picture[region > 0].astype(np.float32).std(axis=0).max()) < 1.0:
+        raise TryOnError("the model painted one flat colour", hint="try another seed; if it happens again, deploy another model", code="flat_output")
+    return picture
+
+
+def _is_side_view(face: DetectedFace) -> bool:
+    """Whether the nose lies outside the eyes: beyond about 60 degrees of yaw (5-point landmarks, image order)."""
+    left, right, nose = face.landmarks[0, 0], face.landmarks[1, 0], face.landmarks[2, 0]
+    span = float(right - left)
+    return span <= 0.15 * (face.box[2] - face.box[0]) or not (left - 0.15 * span <= nose <= right + 0.15 * span)
+
+
+def _lay(mask: NDArray[np.uint8], part: NDArray[np.uint8], square: crop.Square) -> None:
+    height, width = mask.shape
+    x0, y0 = max(0, square.x0), max(0, square.y0)
+    x1, y1 = min(width, square.x0 + square.side), min(height, square.y0 + square.side)
+    mask[y0:y1, x0:x1] = part[y0 - square.y0 : y1 - square.y0, x0 - square.x0 : x1 - square.x0]

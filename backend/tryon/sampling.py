@@ -1,0 +1,113 @@
+"""Denoising with the live modules: diffusers' SDXL inpaint pipeline around our UNet, used by previews, evaluation and serving alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from backend.errors import InvalidArtifactError
+from backend.training.keyed import torch_generator
+from backend.training.models.stage2_unet import Conditions, HairInpaintingUNet
+from backend.tryon.conditioning import HeadInput, decode_latents, encode_latents, mask_tensor, null_conditions, to_tensor
+
+
+class Cancelled(Exception):
+    """The caller asked to stop; nothing was produced."""
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """The modules that sampling needs, none of them copied. empty_text (1, 77, D), empty_pooled (1, P): the encoded empty prompt."""
+
+    model: HairInpaintingUNet
+    vae: Any
+    scheduler_config: dict[str, Any]
+    empty_text: torch.Tensor
+    empty_pooled: torch.Tensor
+
+
+def scheduler_config(inpainting: Path) -> dict[str, Any]:
+    """The sampling schedule that the base model ships. Raises InvalidArtifactError when it is missing."""
+    from diffusers import EulerDiscreteScheduler
+
+    try:
+        config: dict[str, Any] = dict(EulerDiscreteScheduler.load_config(inpainting / "scheduler", local_files_only=True))
+    except (OSError, ValueError) as error:
+        raise InvalidArtifactError(f"the scheduler in {inpainting / 'scheduler'} cannot be read: {error}") from error
+    return config
+
+
+def initial_noise(seeds: Sequence[int], side: int) -> torch.Tensor:
+    """Start noise (B, 4, side, side) float32, one generator per picture, so that a picture does not depend on its batch."""
+    return torch.stack([torch.randn(4, side, side, generator=torch_generator(seed, "start noise")) for seed in seeds])
+
+
+@torch.no_grad()
+def sample(
+    sampler: Sampler,
+    heads: Sequence[HeadInput],
+    conditions: Conditions,
+    *,
+    seeds: Sequence[int],
+    steps: int,
+    guidance: float,
+    on_step: Callable[[int, int], None] | None = None,
+    cancelled: Callable[[], bool] | None = None,
+) -> torch.Tensor:
+    """Paints hair: (B, 3, S, S) in [-1, 1] float32, on the model's device.
+
+    conditions: B rows. seeds: one per head. guidance: classifier-free guidance, 1 is off. on_step(done, total) is called after each
+    step; ``cancelled`` is asked there, and Cancelled is raised within one step.
+    """
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLInpaintPipeline
+
+    parameter = next(sampler.model.unet.parameters())
+    device, dtype = parameter.device, parameter.dtype
+    conditions = conditions.to(device, dtype)
+    nothing = null_conditions(sampler.empty_text, sampler.empty_pooled, conditions)
+    injector = sampler.model.injector
+    images = to_tensor([head.bald for head in heads])
+    latents, _ = encode_latents(sampler.vae, images)
+    pipeline = StableDiffusionXLInpaintPipeline(
+        vae=sampler.vae,
+        text_encoder=None,
+        text_encoder_2=None,
+        tokenizer=None,
+        tokenizer_2=None,
+        unet=sampler.model.unet,
+        scheduler=EulerDiscreteScheduler.from_config(sampler.scheduler_config),
+        requires_aesthetics_score=False,
+        add_watermarker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+
+    def after_step(_: object, step: int, __: object, tensors: dict[str, Any]) -> dict[str, Any]:
+        if cancelled is not None and cancelled():
+            raise Cancelled
+        if on_step is not None:
+            on_step(step + 1, steps)
+        return tensors
+
+    side = images.shape[-1]
+    painted = pipeline(
+        prompt_embeds=injector(conditions).to(dtype),
+        pooled_prompt_embeds=conditions.pooled,
+        negative_prompt_embeds=injector(nothing).to(dtype),
+        negative_pooled_prompt_embeds=nothing.pooled,
+        image=images,
+        mask_image=mask_tensor([head.region for head in heads]),
+        masked_image_latents=latents.to(dtype),
+        latents=initial_noise(seeds, side // 8).to(device, dtype),
+        height=side,
+        width=side,
+        strength=1.0,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        output_type="latent",
+        callback_on_step_end=after_step,
+    ).images
+    return decode_latents(sampler.vae, painted).float()

@@ -1,0 +1,130 @@
+"""Files are whole or not there, also when the writer dies."""
+
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from backend import artifacts
+from backend.errors import DeepHairError, InvalidArtifactError
+from backend.training import checkpoints
+
+
+def test_a_failing_writer_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    artifacts.write_text(path, "old")
+    with pytest.raises(RuntimeError), artifacts.replacing(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_json_refuses_nan(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        artifacts.write_json(tmp_path / "a.json", {"loss": float("nan")})
+    assert not (tmp_path / "a.json").exists()
+
+
+def test_headers_round_trip_and_damage_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    digest = artifacts.save_tensors(path, {"x": torch.arange(4.0)}, {"step": 7, "note": "plain", "nested": {"a": [1, 2]}})
+    assert artifacts.sha256_file(path) == digest
+    assert artifacts.read_header(path) == {"step": 7, "note": "plain", "nested": {"a": [1, 2]}}
+    whole = path.read_bytes()
+    for damaged in (b"", whole[:7], whole[:-1], whole + b"x", b"\x80\x04K\x01.", b"\xff" * 64):
+        path.write_bytes(damaged)
+        with pytest.raises(InvalidArtifactError, match=r"a\.safetensors"):
+            artifacts.read_header(path)
+        with pytest.raises(InvalidArtifactError):
+            artifacts.load_tensors(path)
+
+
+def test_a_second_run_on_a_folder_is_refused(tmp_path: Path) -> None:
+    with artifacts.folder_lock(tmp_path), pytest.raises(DeepHairError, match="another run"), artifacts.folder_lock(tmp_path):
+        pass
+    with artifacts.folder_lock(tmp_path):
+        pass
+
+
+def _save(folder: Path, step: int, value: float, size: int = 8) -> Path:
+    return checkpoints.save(
+        folder,
+        f"run_step_{step}",
+        weights={"w": torch.full((size,), value)},
+        optimizer={"w|m": torch.full((size,), -value)},
+        position={"step": step},
+        header={"step": step},
+    )
+
+
+def test_checkpoints_load_prune_and_fall_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for step in (1, 2, 10):
+        _save(tmp_path, step, float(step))
+    assert [step for step, _ in checkpoints.steps(tmp_path, "run")] == [10, 2, 1]
+    checkpoints.prune(tmp_path, "run", 2)
+    assert [step for step, _ in checkpoints.steps(tmp_path, "run")] == [10, 2]
+    newest = tmp_path / "run_step_10.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1] + b"\x01")
+    found = checkpoints.newest(tmp_path, "run")
+    assert found is not None
+    assert found.position["step"] == 2
+    assert torch.equal(found.weights["w"], torch.full((8,), 2.0))
+    assert "DAMAGED CHECKPOINT run_step_10" in caplog.text
+
+
+def test_weights_without_state_are_no_checkpoint(tmp_path: Path) -> None:
+    """A kill between the two writes leaves weights alone: they must not be resumed from."""
+    artifacts.save_tensors(tmp_path / "run_step_5.safetensors", {"w": torch.zeros(2)}, {})
+    assert checkpoints.newest(tmp_path, "run") is None
+
+
+def test_a_linked_checkpoint_follows_the_newest(tmp_path: Path) -> None:
+    for step in (1, 2):
+        checkpoints.link(_save(tmp_path, step, float(step)), "latest")
+    checkpoints.prune(tmp_path, "run", 1)
+    assert checkpoints.load(tmp_path / "latest.safetensors").position["step"] == 2
+    assert not list(tmp_path.glob(f".*{artifacts.TMP_SUFFIX}"))
+
+
+def _save_forever(folder: str) -> None:
+    for step in range(1, 100_000):
+        _save(Path(folder), step, float(step), size=200_000)
+        checkpoints.prune(Path(folder), "run", 2)
+
+
+def test_kills_during_back_to_back_saves_leave_a_whole_checkpoint(tmp_path: Path) -> None:
+    """SIGKILL at 12 spread moments of a process that does nothing but save; diffusers' way fails 33 of 40 (reliability.md C1.1)."""
+    context = multiprocessing.get_context("spawn")
+    loaded = 0
+    for number in range(4):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        process = context.Process(target=_save_forever, args=(str(folder),))
+        process.start()
+        while checkpoints.newest(folder, "run") is None and process.is_alive():
+            time.sleep(0.02)
+        for _ in range(3):
+            time.sleep(0.05 + 0.013 * number)
+            os.kill(process.pid or 0, signal.SIGSTOP)
+            loaded += checkpoints.newest(folder, "run") is not None
+            os.kill(process.pid or 0, signal.SIGCONT)
+        process.kill()
+        process.join()
+        found = checkpoints.newest(folder, "run")
+        assert found is not None
+        assert torch.equal(found.weights["w"], torch.full((200_000,), float(found.position["step"])))
+    assert loaded == 12
+
+
+def test_nothing_in_the_project_unpickles() -> None:
+    """No torch.load, pickle, or numpy pickles anywhere in the package."""
+    root = Path(artifacts.__file__).parent
+    forbidden = ("torch.load(", "import pickle", "pickle.load", "allow_pickle=True", "joblib", "marshal.load")
+    for path in root.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert not [word for word in forbidden if word in text], path

@@ -1,0 +1,154 @@
+"""Losses and metrics, against values worked out by hand and against other implementations."""
+
+import warnings
+
+import lpips as reference_lpips
+import numpy as np
+import pytest
+import torch
+
+from backend.training import metrics
+from backend.training.models.losses import gram_matrix, mask_aware_loss, min_snr_weight, predicted_x0, texture_consistency_loss
+from backend.training.models.perceptual import PerceptualNet
+
+
+def test_mask_aware_loss_by_hand() -> None:
+    """Two channels, 2 x 2: one pixel inside (error 2 and 4), one outside (error 1, 1), one excluded, one exact."""
+    prediction = torch.zeros(1, 2, 2, 2)
+    noise = torch.tensor([[[[2.0, 1.0], [9.0, 0.0]], [[4.0, 1.0], [9.0, 0.0]]]])
+    mask = torch.tensor([[[[1.0, 0.0], [1.0, 1.0]]]])
+    excluded = torch.tensor([[[[0.0, 0.0], [1.0, 0.0]]]])
+    # inside: mean(4, 16) = 10, weight 1; outside: 1, weight 0.1; exact: 0, weight 1
+    expected = (10.0 * 1 + 1.0 * 0.1 + 0.0) / (1 + 0.1 + 1)
+    loss = mask_aware_loss(prediction, noise, mask, excluded, outside_weight=0.1)
+    assert float(loss) == pytest.approx(expected, rel=1e-6)
+    weighted = mask_aware_loss(prediction, noise, mask, excluded, outside_weight=0.1, sample_weight=torch.tensor([0.5]))
+    assert float(weighted) == pytest.approx(expected / 2, rel=1e-6)
+
+
+def test_mask_aware_loss_does_not_grow_with_the_mask_or_the_channels() -> None:
+    """The earlier attempt divided a 4-channel sum by a 1-channel mask: 4 times too large."""
+    for channels, size in ((1, 4), (4, 8)):
+        prediction, noise = torch.zeros(2, channels, 8, 8), torch.ones(2, channels, 8, 8)
+        mask = torch.zeros(2, 1, 8, 8)
+        mask[..., :size] = 1
+        assert float(mask_aware_loss(prediction, noise, mask, torch.zeros_like(mask), outside_weight=0.0)) == pytest.approx(1.0)
+
+
+def test_an_excluded_face_has_no_gradient() -> None:
+    prediction = torch.zeros(1, 4, 4, 4, requires_grad=True)
+    excluded = torch.zeros(1, 1, 4, 4)
+    excluded[..., :2] = 1
+    mask_aware_loss(prediction, torch.ones(1, 4, 4, 4), torch.ones(1, 1, 4, 4), excluded, outside_weight=1.0).backward()
+    assert prediction.grad is not None
+    assert (prediction.grad[..., :2] == 0).all() and (prediction.grad[..., 2:] != 0).all()
+
+
+def test_min_snr_by_hand() -> None:
+    alphas = torch.tensor([0.9, 0.5, 0.1])  # SNR 9, 1, 1/9
+    weights = min_snr_weight(alphas, torch.tensor([0, 1, 2]), 5.0)
+    assert weights.tolist() == pytest.approx([5 / 9, 1.0, 1.0], rel=1e-5)
+    assert min_snr_weight(alphas, torch.tensor([0, 1, 2]), 0.0).tolist() == [1.0, 1.0, 1.0]
+
+
+def test_predicted_x0_inverts_the_noising() -> None:
+    x0, noise, alpha = torch.randn(3, 4, 5, 5), torch.randn(3, 4, 5, 5), torch.tensor([0.9, 0.5, 0.05])
+    a = alpha.view(-1, 1, 1, 1)
+    assert torch.allclose(predicted_x0(a.sqrt() * x0 + (1 - a).sqrt() * noise, noise, alpha), x0, atol=1e-5)
+
+
+def test_gram_matrix_by_hand() -> None:
+    features = torch.tensor([[[[1.0, 2.0]], [[3.0, 5.0]]]])  # two channels, two pixels
+    weight = torch.tensor([[[[1.0, 0.0]]]])  # the second pixel does not count
+    assert gram_matrix(features, weight)[0].tolist() == [[0.5, 1.5], [1.5, 4.5]]  # outer((1,3)) / (1 pixel * 2 channels)
+
+
+def _network(seed: int = 0) -> PerceptualNet:
+    generator = torch.Generator().manual_seed(seed)
+    network = PerceptualNet((4, 4, 6, 8, 8))
+    for parameter in network.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
+    for head in network.heads:
+        head.data.abs_()
+    return network
+
+
+def test_texture_loss_is_zero_for_equal_pictures_and_its_gradient_reaches_the_picture() -> None:
+    network, mask = _network(), torch.ones(1, 1, 32, 32)
+    target = torch.rand(1, 3, 32, 32) * 2 - 1
+    assert float(texture_consistency_loss(network, target, target, mask)) == 0.0
+    image = (torch.rand(1, 3, 32, 32) * 2 - 1).requires_grad_()
+    loss = texture_consistency_loss(network, image, target, mask)
+    loss.backward()
+    assert float(loss) > 0
+    assert image.grad is not None and float(image.grad.abs().max()) > 0
+
+
+def test_lpips_is_the_lpips_librarys() -> None:
+    """Same weights, same pictures: VGG16 at full width through our code and through the reference."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = reference_lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).eval()
+    slices = [getattr(theirs.net, f"slice{k}") for k in range(1, 6)]
+    layers = {int(name): layer for part in slices for name, layer in part.named_children() if hasattr(layer, "weight")}
+    convolutions = {f"features.{n}.{kind}": getattr(layer, kind) for n, layer in layers.items() for kind in ("weight", "bias")}
+    heads = {name: value for name, value in theirs.state_dict().items() if name.startswith("lin") and not name.startswith("lins")}
+    ours = PerceptualNet.from_tensors(convolutions, heads)
+    a, b = torch.rand(2, 3, 64, 64) * 2 - 1, torch.rand(2, 3, 64, 64) * 2 - 1
+    with torch.no_grad():
+        assert torch.allclose(ours.lpips(a, b), theirs(a, b).flatten(), atol=1e-4)
+        assert float(ours.lpips(a, a).abs().max()) == 0.0
+
+
+def test_masked_psnr_by_hand() -> None:
+    truth = np.zeros((4, 4, 3), np.uint8)
+    picture = truth.copy()
+    picture[:2] = 51  # a fifth of the range, inside the mask: MSE 0.04 -> 13.98 dB
+    mask = np.zeros((4, 4), np.uint8)
+    mask[:2] = 255
+    assert metrics.masked_psnr(picture, truth, mask) == pytest.approx(13.979, abs=1e-3)
+    assert metrics.masked_psnr(picture, truth, 255 - mask) == 100.0
+    with pytest.raises(ValueError, match="empty mask"):
+        metrics.masked_psnr(picture, truth, np.zeros_like(mask))
+
+
+def test_ciede2000_is_sharmas() -> None:
+    """Three rows of Sharma, Wu and Dalal's test table."""
+    for one, other, expected in (
+        ((50.0, 2.6772, -79.7751), (50.0, 0.0, -82.7485), 2.0425),
+        ((50.0, 2.5, 0.0), (73.0, 25.0, -18.0), 27.1492),
+        ((6.7747, -0.2908, -2.4247), (5.8714, -0.0985, -2.2286), 0.6377),
+    ):
+        assert metrics.ciede2000(np.array(one), np.array(other)) == pytest.approx(expected, abs=1e-4)
+
+
+def test_hair_colour_ignores_what_is_not_hair() -> None:
+    picture = np.full((64, 64, 3), (0, 255, 0), np.uint8)
+    hair = np.zeros((64, 64), np.uint8)
+    hair[10:40, 10:50] = 255
+    picture[hair > 0] = (119, 119, 119)
+    assert metrics.hair_colour(picture, hair) == pytest.approx([50.03, 0.0, 0.0], abs=0.05)
+    with pytest.raises(ValueError):
+        metrics.hair_colour(picture, np.zeros_like(hair))
+
+
+def test_outside_difference_sees_one_changed_byte() -> None:
+    original, mask = np.zeros((8, 8, 3), np.uint8), np.zeros((8, 8), np.float32)
+    mask[0, 0] = 0.01
+    changed = original.copy()
+    changed[0, 0] = 200
+    assert metrics.outside_max_abs_diff(changed, original, mask) == 0
+    changed[5, 5, 1] = 3
+    assert metrics.outside_max_abs_diff(changed, original, mask) == 3
+
+
+def test_bootstrap_resamples_heads_not_photos() -> None:
+    """Ten photos each of four heads: the interval is that of four values, far wider than that of forty."""
+    values = [float(head) for head in range(4) for _ in range(10)]
+    heads = [str(head) for head in range(4) for _ in range(10)]
+    mean, (low, high) = metrics.mean_with_interval(values, heads, draws=2000, seed=0)
+    assert mean == 1.5
+    assert high - low > 1.5
+    _, (low_photos, high_photos) = metrics.mean_with_interval(values, [str(n) for n in range(40)], draws=2000, seed=0)
+    assert high_photos - low_photos < 0.8
+    assert metrics.mean_with_interval(values, heads, draws=2000, seed=0) == (mean, [low, high])
