@@ -123,7 +123,9 @@ def read_header(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise InvalidArtifactError(f"{path} is missing") from error
     except (SafetensorError, OSError) as error:
-        raise InvalidArtifactError(f"{path} is not a whole safetensors file: {error}", hint="it may be truncated or of another format") from error
+        raise InvalidArtifactError(
+            f"{path} is not a whole safetensors file: {error}", hint="it may be truncated or of another format"
+        ) from error
     return {key: _decoded(value) for key, value in metadata.items()}
 
 
@@ -144,7 +146,9 @@ def load_tensors(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise InvalidArtifactError(f"{path} is missing") from error
     except (SafetensorError, OSError) as error:
-        raise InvalidArtifactError(f"{path} is not a whole safetensors file: {error}", hint="it may be truncated or of another format") from error
+        raise InvalidArtifactError(
+            f"{path} is not a whole safetensors file: {error}", hint="it may be truncated or of another format"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -22,7 +22,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    parser = argparse.ArgumentParser(prog="deephair", description="Try on a hairstyle at your photo's own resolution; train the model that does it.")
+    parser = argparse.ArgumentParser(
+        prog="deephair", description="Try on a hairstyle at your photo's own resolution; train the model that does it."
+    )
     parser.add_argument("--version", action="version", version=f"deephair {__version__}")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     _add_run(verbs)
@@ -37,7 +39,9 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--force", metavar="REASON", default="", help="deploy even if the gate fails; the reason is recorded in the bundle")
     _stage(verbs, "serve", _serve, "serve the deployed model and the web page")
     _add_tryon(verbs)
-    verify = verbs.add_parser("verify", help="check a deploy bundle", description="Checks a deploy bundle: exit code 0, or 1 with the reason.")
+    verify = verbs.add_parser(
+        "verify", help="check a deploy bundle", description="Checks a deploy bundle: exit code 0, or 1 with the reason."
+    )
     verify.add_argument("bundle", metavar="BUNDLE")
     verify.add_argument("--json", action="store_true", help="print what the bundle says of itself")
     verify.set_defaults(run=_verify)
@@ -57,7 +61,9 @@ def _stage(verbs: Any, name: str, run: Run, text: str) -> argparse.ArgumentParse
 
 def _add_run(verbs: Any) -> None:
     parser = _stage(verbs, "run", _run, "all four stages in order; finished work is skipped")
-    parser.add_argument("--from-stage", type=int, choices=range(4), default=0, metavar="N", help="begin at stage N: 0 prepare, 1 texture, 2 train, 3 export")
+    parser.add_argument(
+        "--from-stage", type=int, choices=range(4), default=0, metavar="N", help="begin at stage N: 0 prepare, 1 texture, 2 train, 3 export"
+    )
     parser.add_argument("--force", metavar="REASON", default="", help="deploy even if the gate fails; the reason is recorded")
 
 
@@ -208,3 +214,7 @@ def _demo_data(parsed: argparse.Namespace) -> int:
     if arguments.json:
         console.print_result(result)
     return console.DONE
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -98,7 +98,9 @@ class TextureConfig(Section):
     temperature: Annotated[float, Field(gt=0)] = 0.1
     save_every: Positive = 500  # steps between checkpoints, and between looks at the validation split
     keep: Positive = 3
-    patience: Annotated[int, Field(ge=0)] = 10  # validations without a better balanced accuracy before stopping; 0: last weights, no early stop
+    patience: Annotated[int, Field(ge=0)] = (
+        10  # validations without a better balanced accuracy before stopping; 0: last weights, no early stop
+    )
     precision: Literal["bf16", "fp32"] = "bf16"  # bf16 only where the device computes it
     workers: Annotated[int, Field(ge=0)] = 4
     seed: int = 0
@@ -262,7 +264,9 @@ def load_config(path: Path | str | None = None, overrides: Iterable[str] = ()) -
         return Config.model_validate(values)
     except ValidationError as error:
         lines = [f"{'.'.join(map(str, e['loc'])) or 'configuration'}: {e['msg']} (got {_short(e['input'])})" for e in error.errors()]
-        raise UsageError("the configuration is not valid:\n  " + "\n  ".join(lines), hint=f"settings come from {file} and overrides") from error
+        raise UsageError(
+            "the configuration is not valid:\n  " + "\n  ".join(lines), hint=f"settings come from {file} and overrides"
+        ) from error
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
@@ -304,7 +308,9 @@ def _refuse_unknown(keys: Iterable[str], *, source: str) -> None:
     for key in keys:
         if key in known or key in sections:
             continue
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5) or difflib.get_close_matches(key.rsplit(".")[-1], known, n=1, cutoff=0.4)
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5) or difflib.get_close_matches(
+            key.rsplit(".")[-1], known, n=1, cutoff=0.4
+        )
         hint = f"did you mean '{near[0]}'?" if near else "see configs/rtx3060.yaml for all settings"
         raise UsageError(f"unknown setting '{key}' ({source})", hint=hint)
 

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import logging
+import os
 import signal
 import sys
 import threading
@@ -27,7 +28,17 @@ logger = logging.getLogger(__name__)
 
 def set_up_logging(*, quiet: bool = False) -> None:
     """Sends the log to stderr, so that stdout stays free for results (``--json``)."""
-    logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    logging.basicConfig(
+        level=logging.WARNING if quiet else logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
+    )
+    # the model libraries: no bars of their own, no advice to developers, and never a look-up on the internet
+    for variable, value in (
+        ("TRANSFORMERS_VERBOSITY", "error"),
+        ("DIFFUSERS_VERBOSITY", "error"),
+        ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
+        ("HF_HUB_OFFLINE", "1"),
+    ):
+        os.environ.setdefault(variable, value)
     for name in ("httpx", "uniface", "onnxruntime", "matplotlib", "PIL", "fsspec"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
@@ -48,7 +59,9 @@ def guarded(action: Callable[[], int]) -> int:
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
-        sys.stderr.write(f"error: {error.strerror or error} ({error.filename or 'no file named'})\n  -> check that the path exists, is writable and the disk is not full\n")
+        sys.stderr.write(
+            f"error: {error.strerror or error} ({error.filename or 'no file named'})\n  -> check that the path exists, is writable and the disk is not full\n"
+        )
         return FAILED
 
 
@@ -72,11 +85,15 @@ def stage_parser(prog: str, description: str) -> argparse.ArgumentParser:
 
 def add_stage_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the shared arguments to ``parser``."""
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file, for example train.lr=1e-6")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings that replace those of the file, for example train.lr=1e-6"
+    )
     parser.add_argument("--config", metavar="FILE", help="configuration file (default: configs/rtx3060.yaml)")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object on stdout")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done and stop")
-    parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True, help="go on where an earlier run stopped (the default)")
+    parser.add_argument(
+        "--resume", action=argparse.BooleanOptionalAction, default=True, help="go on where an earlier run stopped (the default)"
+    )
 
 
 def parse_stage_arguments(argv: Sequence[str] | None, prog: str, description: str) -> StageArguments:
@@ -156,7 +173,11 @@ class Progress:
 
     def _show(self, now: float, note: str) -> None:
         rate = (self.done - self._first) / max(now - self._start, 1e-9)
-        left = f"{duration((self.total - self.done) / rate)} left" if rate > 0 and self.done < self.total else f"took {duration(now - self._start)}"
+        left = (
+            f"{duration((self.total - self.done) / rate)} left"
+            if rate > 0 and self.done < self.total
+            else f"took {duration(now - self._start)}"
+        )
         text = f"{self.title}: {self.done}/{self.total} {self.unit}, {rate:.3g} {self.unit}/s, {left}{', ' + note if note else ''}"
         if self._tty:
             filled = int(24 * self.done / max(self.total, 1))

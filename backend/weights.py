@@ -49,9 +49,24 @@ PARTS: tuple[Part, ...] = (
         "CreativeML Open RAIL++-M",
         ("train", "evaluate", "export", "serve", "tryon"),
     ),
-    Part("face_detector", "face", ("yolov8n-face.onnx",), "uniface YOLOv8-Face (nano)", "MIT code, GPL-3.0 weights", ("prepare", "serve", "tryon")),
+    Part(
+        "face_detector",
+        "face",
+        ("yolov8n-face.onnx",),
+        "uniface YOLOv8-Face (nano)",
+        "MIT code, GPL-3.0 weights",
+        ("prepare", "serve", "tryon"),
+    ),
     Part("adaface", "face", ("adaface_ir_18.onnx",), "uniface AdaFace IR-18 (WebFace4M)", "MIT", ("prepare", "evaluate", "serve", "tryon")),
-    Part("insightface", "face", ("w600k_r50.onnx",), "InsightFace buffalo_l", "research only", ("prepare", "evaluate", "serve", "tryon"), optional=True),
+    Part(
+        "insightface",
+        "face",
+        ("w600k_r50.onnx",),
+        "InsightFace buffalo_l",
+        "research only",
+        ("prepare", "evaluate", "serve", "tryon"),
+        optional=True,
+    ),
     Part(
         "face_parser",
         "face-parsing",
@@ -60,7 +75,14 @@ PARTS: tuple[Part, ...] = (
         "CelebAMask-HQ: non-commercial research",
         ("evaluate", "serve", "tryon"),
     ),
-    Part("resnet", "resnet50", ("model.safetensors",), "timm/resnet50.tv_in1k (the torchvision ImageNet weights)", "BSD-3-Clause", ("texture",)),
+    Part(
+        "resnet",
+        "resnet50",
+        ("model.safetensors",),
+        "timm/resnet50.tv_in1k (the torchvision ImageNet weights)",
+        "BSD-3-Clause",
+        ("texture",),
+    ),
     Part(
         "perceptual",
         "vgg16",
@@ -130,7 +152,9 @@ def listing(weights: Path) -> list[dict[str, str]]:
     for part in PARTS:
         absent = len(missing_files(weights, part.name))
         state = "found" if not absent else "partly" if absent < len(part.files) else "optional" if part.optional else "missing"
-        rows.append({"name": part.name, "state": state, "folder": str(weights / part.folder), "source": part.source, "licence": part.licence})
+        rows.append(
+            {"name": part.name, "state": state, "folder": str(weights / part.folder), "source": part.source, "licence": part.licence}
+        )
     return rows
 
 

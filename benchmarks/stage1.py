@@ -50,6 +50,7 @@ PROBE_PATCHES = 1024
 
 
 def print_surroundings(device: torch.device) -> None:
+    """Says on what the figures were taken."""
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads"
     print(f"device {device} ({name}), python {platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}")
 
@@ -65,7 +66,16 @@ def write_patches(folder: Path, count: int = 512, side: int = 128) -> PatchTable
         image = (functional.interpolate(coarse, size=side, mode="bicubic")[0].permute(1, 2, 0).clamp(0, 1) * 255).byte().numpy()
         name = f"hair_patches/{number:04d}.png"
         write_png(folder / name, image, compression=1)
-        rows.append({"id": str(number), "group": f"g{number % 64}", "split": "train", "curl": number % 4, "volume": (number // 4) % 3, "patches": [name]})
+        rows.append(
+            {
+                "id": str(number),
+                "group": f"g{number % 64}",
+                "split": "train",
+                "curl": number % 4,
+                "volume": (number // 4) % 3,
+                "patches": [name],
+            }
+        )
     artifacts.write_jsonl(folder / "metadata.jsonl", rows)
     return read_patch_tables(folder)["train"]
 
@@ -102,6 +112,7 @@ class PlainNet(nn.Module):
         self.volume = nn.Sequential(nn.Dropout(0.2), nn.Linear(2048, 3))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Projection and the logits of both labels."""
         embedding = self.backbone(images)
         return functional.normalize(self.projection(embedding), dim=1), self.curl(embedding), self.volume(embedding)
 
@@ -112,7 +123,9 @@ def plain_steps(table: PatchTable, config: TextureConfig, device: torch.device) 
     optimizer = torch.optim.AdamW(net.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     dataset = PlainDataset(table, config.image_size)
     endless = RandomSampler(dataset, replacement=True, num_samples=1_000_000)
-    loader = DataLoader(dataset, batch_size=config.batch_size, sampler=endless, num_workers=config.workers, pin_memory=device.type == "cuda")
+    loader = DataLoader(
+        dataset, batch_size=config.batch_size, sampler=endless, num_workers=config.workers, pin_memory=device.type == "cuda"
+    )
     batches = iter(loader)
     while True:
         start = time.perf_counter()
@@ -134,7 +147,13 @@ def our_steps(table: PatchTable, config: TextureConfig, device: torch.device) ->
     trainer = Trainer(config, new_encoder(config.layers, dropout=config.dropout, seed=0), World(device))
     trainer.model.train()
     images = PatchImages(table, config.image_size, workers=config.workers, budget=0)
-    batches = feed(images, BalancedSampler(table, batch_size=config.batch_size, seed=0), range(config.steps), slice(0, config.batch_size), workers=config.workers)
+    batches = feed(
+        images,
+        BalancedSampler(table, batch_size=config.batch_size, seed=0),
+        range(config.steps),
+        slice(0, config.batch_size),
+        workers=config.workers,
+    )
     while True:
         start = time.perf_counter()
         batch = next(batches)
@@ -144,11 +163,15 @@ def our_steps(table: PatchTable, config: TextureConfig, device: torch.device) ->
 
 
 def speed(arguments: argparse.Namespace) -> None:
+    """Both loops in turn in one process, on the same patches."""
     device = join_world(arguments.device).device
     print_surroundings(device)
-    layers = tuple(map(int, arguments.layers.split(",")))
-    config = Config(texture=TextureConfig(layers=layers, image_size=arguments.size, batch_size=arguments.batch, workers=arguments.workers)).texture  # type: ignore[arg-type]
-    print(f"blocks {layers}, {arguments.size} px, {arguments.batch} patches = {2 * arguments.batch} views a step, {arguments.workers} workers, median of {arguments.steps} steps")
+    layers = [int(count) for count in arguments.layers.split(",")]
+    settings = {"layers": layers, "image_size": arguments.size, "batch_size": arguments.batch, "workers": arguments.workers}
+    config = TextureConfig.model_validate(settings)
+    print(
+        f"blocks {layers}, {arguments.size} px, {arguments.batch} patches = {2 * arguments.batch} views a step, {arguments.workers} workers"
+    )
     with tempfile.TemporaryDirectory() as folder:
         table = write_patches(Path(folder))
         rivals = {"plain fp32 loop": plain_steps(table, config, device), "stage 1": our_steps(table, config, device)}
@@ -162,7 +185,9 @@ def speed(arguments: argparse.Namespace) -> None:
     rates = {}
     for name, found in taken.items():
         rates[name] = 2 * arguments.batch / statistics.median(seconds for seconds, _ in found)
-        print(f"{name:16s} {rates[name]:9.1f} views/s, waiting for data {100 * sum(w for _, w in found) / sum(s for s, _ in found):.1f} % of the time")
+        print(
+            f"{name:16s} {rates[name]:9.1f} views/s, waiting for data {100 * sum(w for _, w in found) / sum(s for s, _ in found):.1f} % of the time"
+        )
     print(f"stage 1 is {rates['stage 1'] / rates['plain fp32 loop']:.2f} times as fast")
 
 
@@ -201,15 +226,19 @@ def shuffled(config: Config, folder: Path) -> Config:
 
 
 def show(name: str, scores: dict[str, Any]) -> None:
+    """One line of the comparison."""
     cells = []
     for label in ("curl", "volume"):
         found = scores[label]["photo"]
         low, high = found["balanced_accuracy_ci"]
-        cells.append(f"{label} {found['balanced_accuracy']:.3f} [{low:.3f}, {high:.3f}] (patch {scores[label]['patch']['balanced_accuracy']:.3f})")
+        cells.append(
+            f"{label} {found['balanced_accuracy']:.3f} [{low:.3f}, {high:.3f}] (patch {scores[label]['patch']['balanced_accuracy']:.3f})"
+        )
     print(f"{name:34s} {'   '.join(cells)}")
 
 
 def quality(arguments: argparse.Namespace) -> None:
+    """The finished encoder beside its rivals, on heads that none of them was fitted on."""
     config = load_config(arguments.config, arguments.overrides)
     print_surroundings(torch.device("cpu"))
     tables = read_patch_tables(config.paths.processed)
@@ -231,10 +260,16 @@ def quality(arguments: argparse.Namespace) -> None:
             show("colour histogram, linear probe", probe(lambda s, n: colour_histogram(images[s], n), tables, split))
             show("stage 1 on shuffled labels", score_split(predict_probabilities(control, images[split], numbers), table, numbers, seed=0))
     found = artifacts.read_header(config.paths.checkpoints / RESULT)["metrics"]["colour_probe"]
-    print("colour by linear probe, mean CIEDE2000: " + ", ".join(f"{part} {found[part + '_delta_e']:.2f} (mean colour: {found[part + '_delta_e_of_mean']:.2f})" for part in ("pooled", "tokens")))
+    print(
+        "colour by linear probe, mean CIEDE2000: "
+        + ", ".join(
+            f"{part} {found[part + '_delta_e']:.2f} (mean colour: {found[part + '_delta_e_of_mean']:.2f})" for part in ("pooled", "tokens")
+        )
+    )
 
 
 def main() -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(required=True)
     fast = verbs.add_parser("speed")

@@ -8,7 +8,7 @@ import io
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from backend.app.api import create_app
 from backend.app.server import listen, run_app, uvicorn_config
 from backend.config import Config
 from backend.imaging.decode import encode_png
-from backend.tryon.pipeline import Cancelled, FaceInfo, Preview, TryOnError, TryOnRequest, TryOnResult
+from backend.tryon.values import Cancelled, FaceInfo, Preview, TryOnError, TryOnRequest, TryOnResult
 
 
 @dataclass
@@ -35,6 +35,7 @@ class StandIn:
     header: dict[str, Any] = field(default_factory=lambda: {"miniature": True, "gate": {"passed": True}, "config": {"secret": 1}})
     gate: threading.Semaphore | None = None
     step_s: float = 0.0
+    remember: bool = True  # the pictures of the requests in ``seen``
     seen: list[TryOnRequest] = field(default_factory=list)
     ledger: Path | None = None
 
@@ -51,7 +52,7 @@ class StandIn:
         on_step: Callable[[int, int], None] | None = None,
         cancelled: Callable[[], bool] | None = None,
     ) -> TryOnResult:
-        self.seen.append(request)
+        self.seen.append(request if self.remember else replace(request, target=None, reference=None))  # type: ignore[arg-type]
         prompt = request.prompt or ""
         if "oom" in prompt:
             raise MemoryError
@@ -161,8 +162,8 @@ def serving(config: Config, engine: StandIn | None = None, factory: Callable[[Co
         listener.close()
 
 
-def main(folder: Path, port: int, ledger: Path) -> None:
+def main(folder: Path, port: int, ledger: Path, queue_size: int) -> None:
     """Serves a slow stand-in that notes each finished job's seed in ``ledger``; for the tests that kill a server."""
-    engine = StandIn(step_s=0.02, ledger=ledger)
-    config = app_config(folder, port=port, queue_size=64)
+    engine = StandIn(step_s=0.02, ledger=ledger, remember=False)
+    config = app_config(folder, port=port, queue_size=queue_size)
     run_app(config, create_app(config, lambda _: engine))  # type: ignore[arg-type, return-value]

@@ -180,7 +180,9 @@ def test_the_event_loop_answers_while_a_job_and_a_preview_run(gated: Live) -> No
     gated.wait(job, "running")
     held = threading.Event()
     gated.engine.preview = lambda image: held.wait(10)  # type: ignore[method-assign, assignment, return-value]
-    asking = threading.Thread(target=lambda: httpx.post(f"http://127.0.0.1:{gated.port}/api/v1/preview", files={"target": png()}, timeout=20))
+    asking = threading.Thread(
+        target=lambda: httpx.post(f"http://127.0.0.1:{gated.port}/api/v1/preview", files={"target": png()}, timeout=20)
+    )
     asking.start()
     time.sleep(0.1)
     assert gated.client.get("/healthz", timeout=1).json() == {"status": "ok"}  # the default timeout would be met by a blocked loop, too

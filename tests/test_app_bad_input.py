@@ -46,7 +46,12 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 def huge_png(width: int, height: int) -> bytes:
     """A small file that claims many pixels and holds them (all zero, well compressed for the first rows)."""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1 + 3 * min(width, 15_000)) * min(height, 50))) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + header
+        + chunk(b"IDAT", zlib.compress(bytes(1 + 3 * min(width, 15_000)) * min(height, 50)))
+        + chunk(b"IEND", b"")
+    )
 
 
 def png_with(kind: bytes, data: bytes) -> bytes:
@@ -134,7 +139,14 @@ GOOD_IMAGES = {
 @pytest.mark.parametrize("name", NOT_IMAGES)
 def test_what_is_no_usable_photo_is_refused_with_its_code(live: Live, name: str) -> None:
     content = NOT_IMAGES[name]
-    statuses = {"upload_too_large": 413, "too_many_pixels": 413, "not_an_image": 415, "unsupported_format": 415, "truncated": 422, "too_small": 422}
+    statuses = {
+        "upload_too_large": 413,
+        "too_many_pixels": 413,
+        "not_an_image": 415,
+        "unsupported_format": 415,
+        "truncated": 422,
+        "too_small": 422,
+    }
     good = ("photo.png", png(), "image/png")
     for files in ({"target": ("photo.png", content, "image/png")}, {"target": good, "reference": ("photo.png", content)}):
         answer = live.client.post("/api/v1/jobs", files=files, data={"prompt": "bob"})
@@ -217,7 +229,9 @@ def test_missing_and_surplus_parts(live: Live) -> None:
         "prompt as a file": post("/api/v1/jobs", files={"target": good, "prompt": ("p", b"bob")}),
         "preview of nothing": post("/api/v1/preview", data={"prompt": "bob"}, files={"x": b""}),
     }
-    assert {name: (answer.status_code, answer.json()["code"]) for name, answer in cases.items()} == dict.fromkeys(cases, (422, "invalid_form"))
+    assert {name: (answer.status_code, answer.json()["code"]) for name, answer in cases.items()} == dict.fromkeys(
+        cases, (422, "invalid_form")
+    )
     flood = post("/api/v1/jobs", files={"target": good}, data={f"f{i}": "1" for i in range(10_000)})
     assert (flood.status_code, flood.json()["code"]) == (400, "malformed_request")
     three = post("/api/v1/jobs", files=[("target", good)] * 3)
@@ -367,7 +381,9 @@ def test_an_error_of_our_own_is_a_problem_without_its_inside_and_is_counted(tmp_
 # Addresses and who asks
 
 
-@pytest.mark.parametrize("job_id", ["x", "..", "%2e%2e%2fjobs.sqlite", "..%5c..", "a" * 5000, "%00", "jobs.sqlite", "'; drop table jobs; --", "💇"])
+@pytest.mark.parametrize(
+    "job_id", ["x", "..", "%2e%2e%2fjobs.sqlite", "..%5c..", "a" * 5000, "%00", "jobs.sqlite", "'; drop table jobs; --", "💇"]
+)
 @pytest.mark.parametrize(("method", "tail"), [("GET", ""), ("DELETE", ""), ("GET", "/result"), ("GET", "/mask"), ("GET", "/events")])
 def test_an_id_that_is_none_is_404(live: Live, job_id: str, method: str, tail: str) -> None:
     answer = live.client.request(method, f"/api/v1/jobs/{job_id}{tail}")
@@ -375,8 +391,19 @@ def test_an_id_that_is_none_is_404(live: Live, job_id: str, method: str, tail: s
 
 
 def test_unknown_addresses_and_methods_are_problems(live: Live) -> None:
-    cases = [("GET", "/nothing", 404), ("GET", "/static/../api.py", 404), ("GET", "/static/%2e%2e/api.py", 404), ("PUT", "/api/v1/jobs", 405)]
-    cases += [("GET", "/api/v1/preview", 405), ("POST", "/healthz", 405), ("BREW", "/healthz", 405), ("GET", "/docs", 404), ("GET", "/static/", 404)]
+    cases = [
+        ("GET", "/nothing", 404),
+        ("GET", "/static/../api.py", 404),
+        ("GET", "/static/%2e%2e/api.py", 404),
+        ("PUT", "/api/v1/jobs", 405),
+    ]
+    cases += [
+        ("GET", "/api/v1/preview", 405),
+        ("POST", "/healthz", 405),
+        ("BREW", "/healthz", 405),
+        ("GET", "/docs", 404),
+        ("GET", "/static/", 404),
+    ]
     for method, path, status in cases:
         answer = live.client.request(method, path)
         assert (answer.status_code, answer.headers["content-type"]) == (status, "application/problem+json")
@@ -412,7 +439,13 @@ def test_one_other_origin_and_a_key_can_be_set(tmp_path: Path) -> None:
         answer = get("/api/v1/models", headers={"origin": origin, "authorization": f"Bearer {KEY}"})
         assert answer.status_code == 200 and answer.headers["access-control-allow-origin"] == origin
         assert get("/api/v1/models", headers={"host": "try.example", "x-api-key": KEY}).status_code == 200
-        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": KEY}, {"x-api-key": ""}, {"x-api-key": "é".encode("latin-1")}):
+        for headers in (
+            {},
+            {"authorization": "Bearer wrong"},
+            {"authorization": KEY},
+            {"x-api-key": ""},
+            {"x-api-key": "é".encode("latin-1")},
+        ):
             refused = get("/api/v1/models", headers=headers)
             assert (refused.status_code, refused.json()["code"]) == (401, "bad_api_key") and refused.headers["www-authenticate"]
         assert get("/metrics").status_code == 401

@@ -7,9 +7,7 @@ import pytest
 from backend.config import REPO_ROOT, Config, known_keys, load_config
 from backend.errors import UsageError
 
-OUTSIDE_KEYS = (
-    "data.images data.labels data.resolution paths.processed paths.checkpoints paths.models paths.report train.preset gate.profile app.host app.port"
-)
+OUTSIDE_KEYS = "data.images data.labels data.resolution paths.processed paths.checkpoints paths.models paths.report train.preset gate.profile app.host app.port"
 
 
 @pytest.mark.parametrize("name", ["demo", "rtx3060", "h100"])
@@ -32,7 +30,8 @@ def test_gate_profiles_decide_as_the_design_says() -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "nearest"), [("trian.lr=1", "train.lr"), ("train.steps_=3", "train.steps"), ("gate.profil=design", "gate.profile"), ("lr=1", "train.lr")]
+    ("override", "nearest"),
+    [("trian.lr=1", "train.lr"), ("train.steps_=3", "train.steps"), ("gate.profil=design", "gate.profile"), ("lr=1", "train.lr")],
 )
 def test_unknown_keys_are_refused_with_the_nearest(override: str, nearest: str) -> None:
     with pytest.raises(UsageError) as caught:

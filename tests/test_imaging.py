@@ -113,12 +113,21 @@ def test_damaged_jpegs_give_a_picture_or_an_image_error(position: int, value: in
 
 
 def test_the_square_holds_hair_and_face_and_leaves_room_below() -> None:
-    square = crop.head_square((100, 50, 300, 260), (150, 120, 250, 240))
+    frame = (1000, 2000)
+    square = crop.head_square((100, 50, 300, 260), (150, 120, 250, 240), frame)
     assert square.x0 <= 100 and square.x0 + square.side >= 300
     assert square.y0 < 50 and square.y0 + square.side >= 260
-    short, long = crop.head_square((150, 90, 250, 150), (150, 120, 250, 240)), crop.head_square((150, 90, 250, 900), (150, 120, 250, 240))
+    short = crop.head_square((150, 90, 250, 150), (150, 120, 250, 240), frame)
+    long = crop.head_square((150, 90, 250, 900), (150, 120, 250, 240), frame)
     assert short.side >= 3 * 120
     assert long.y0 + long.side >= 900
+
+
+def test_a_square_that_fits_the_frame_lies_inside_it() -> None:
+    touching_the_top = crop.head_square((200, 0, 300, 150), (220, 60, 280, 140), (512, 512))
+    assert touching_the_top.y0 == 0 and touching_the_top.x0 >= 0
+    too_large = crop.head_square((0, 0, 512, 512), None, (512, 512))
+    assert too_large.side > 512 and too_large.x0 < 0
 
 
 def test_a_crop_beyond_the_frame_repeats_its_edge_and_masks_get_zero() -> None:
@@ -264,7 +273,9 @@ def test_the_style_picture_shows_hair_only() -> None:
     feather=st.sampled_from([0.0, 0.02, 0.1]),
     seed=st.integers(0, 5),
 )
-def test_outside_the_feathered_mask_every_byte_is_the_uploads(width: int, height: int, x0: int, y0: int, side: int, feather: float, seed: int) -> None:
+def test_outside_the_feathered_mask_every_byte_is_the_uploads(
+    width: int, height: int, x0: int, y0: int, side: int, feather: float, seed: int
+) -> None:
     rng = np.random.default_rng(seed)
     original = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
     region = np.zeros((128, 128), np.uint8)

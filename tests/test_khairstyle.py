@@ -280,9 +280,7 @@ def test_a_whole_label(tmp_path: Path) -> None:
 
 
 def test_both_spellings_of_keys(tmp_path: Path) -> None:
-    record = label(
-        "CP032677-001.jpg", sex=..., **{"hair-width": "", "hair_width": "얇음", "gender": "남", "basestyle_type": "장"}
-    )
+    record = label("CP032677-001.jpg", sex=..., **{"hair-width": "", "hair_width": "얇음", "gender": "남", "basestyle_type": "장"})
     attributes = read_one(tmp_path, record).attributes
     assert (attributes["hair-width"], attributes["sex"], attributes["basestyle-type"]) == ("얇음", "남", "장")
 
@@ -413,9 +411,7 @@ def test_limits() -> None:
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12) | st.just({"x": 1, "y": "2"}),
-    lambda inner: (
-        st.lists(inner, max_size=5) | st.dictionaries(st.sampled_from(["x", "y", "X", "z"]), inner, max_size=3)
-    ),
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.sampled_from(["x", "y", "X", "z"]), inner, max_size=3),
     max_leaves=25,
 )
 
@@ -472,9 +468,7 @@ def mutated(content: bytes, generator: np.random.Generator) -> bytes:
         token = tokens[int(generator.integers(len(tokens)))]
         data[at : at + int(generator.integers(1, 8))] = token
     else:
-        return content.decode("utf-8", "replace").encode(
-            ["utf-16", "cp949", "utf-8-sig"][int(generator.integers(3))], "replace"
-        )
+        return content.decode("utf-8", "replace").encode(["utf-16", "cp949", "utf-8-sig"][int(generator.integers(3))], "replace")
     return bytes(data)
 
 
@@ -482,9 +476,7 @@ def fuzz(folder: Path, count: int, seed: int = 0, batch: int = 60) -> Counter[st
     """Reads ``count`` mutated labels and photos, ``batch`` to a tree; the index accounts for each whatever it holds."""
     generator = np.random.default_rng(seed)
     whole = json.dumps(label("CP000001-001.jpg"), ensure_ascii=False).encode()
-    pack = json.dumps(
-        {"annotation": [label("CP000001-001.jpg"), {"file_name": "CP000001-002.jpg", "polygon1": "[]"}]}
-    ).encode()
+    pack = json.dumps({"annotation": [label("CP000001-001.jpg"), {"file_name": "CP000001-002.jpg", "polygon1": "[]"}]}).encode()
     outcomes: Counter[str] = Counter()
     done = 0
     while done < count:

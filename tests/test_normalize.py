@@ -23,15 +23,13 @@ def jpeg(seed: int) -> bytes:
 
 
 def label(view: int, **more: object) -> bytes:
-    return json.dumps(
-        {"filename": f"CP032677-{view:03d}.jpg", "basestyle": "가르마", **more}, ensure_ascii=False
-    ).encode()
+    return json.dumps({"filename": f"CP032677-{view:03d}.jpg", "basestyle": "가르마", **more}, ensure_ascii=False).encode()
 
 
 class RawName(zipfile.ZipInfo):
     """An entry whose name is stored as raw bytes without the UTF-8 flag, as the released archives have it."""
 
-    def _encodeFilenameFlags(self) -> tuple[bytes, int]:  # noqa: N802 - zipfile's own name
+    def _encodeFilenameFlags(self) -> tuple[bytes, int]:
         return self.filename.encode("cp437"), self.flag_bits
 
 
@@ -43,9 +41,7 @@ def put(archive: zipfile.ZipFile, name: str, content: bytes, *, encoding: str = 
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
-    }
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 @pytest.fixture

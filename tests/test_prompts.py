@@ -57,9 +57,7 @@ ALLOWED = {  # facts 1.4
     "sex": "여 남",
 }
 VALUES = {field: text.split("|") if "|" in text else text.split() for field, text in ALLOWED.items()}
-attributes = st.fixed_dictionaries(
-    {field: st.sampled_from([*values, None, "모르는값"]) for field, values in VALUES.items()}
-)
+attributes = st.fixed_dictionaries({field: st.sampled_from([*values, None, "모르는값"]) for field, values in VALUES.items()})
 
 
 def clip_tokens(text: str) -> int:
@@ -68,9 +66,9 @@ def clip_tokens(text: str) -> int:
 
 
 def test_the_table_covers_every_value_of_the_facts() -> None:
-    assert {
-        field: [value for value in values if english_value(field, value) is None] for field, values in VALUES.items()
-    } == {field: [] for field in VALUES}
+    assert {field: [value for value in values if english_value(field, value) is None] for field, values in VALUES.items()} == {
+        field: [] for field in VALUES
+    }
     assert not any(re.search(r"[^\x20-\x7e]", text) for table in tables().fields.values() for text in table.values())
 
 
@@ -100,10 +98,7 @@ def test_classes_come_from_the_fields() -> None:
 def test_a_prompt_by_hand() -> None:
     hair = {"length": "장발", "curl": "S", "color": "자연갈색", "bang": "시스루", "basestyle": "허쉬", "sex": "여"}
     prompts = {write_prompt(hair, seed=seed) for seed in range(60)}
-    assert (
-        "a portrait photo of a person with long curly natural brown hair styled as a hush cut and see-through bangs"
-        in prompts
-    )
+    assert "a portrait photo of a person with long curly natural brown hair styled as a hush cut and see-through bangs" in prompts
     assert 4 <= len(prompts) <= 40
     assert write_prompt(hair, seed=7) == write_prompt(dict(reversed(hair.items())), seed=7)
 
@@ -134,9 +129,7 @@ def test_every_prompt_is_clean_english(hair: dict[str, str | None], seed: int, p
     prompt = write_prompt(hair, seed=seed, phase=phase)
     assert re.fullmatch(r"[a-z]+(?:(?:,? |-)[a-z]+)*", prompt), prompt
     words = re.findall(r"[a-z]+", prompt)
-    content = [
-        word for word in words if word not in {"a", "an", "of", "and", "the", "in", "with", "as", "from", "over"}
-    ]
+    content = [word for word in words if word not in {"a", "an", "of", "and", "the", "in", "with", "as", "from", "over"}]
     assert len(content) == len(set(content)), prompt
     assert not re.search(r"\ba [aeiou]|\ban [^aeiou]", prompt), prompt
     assert set(words) <= set(all_prompt_words())
@@ -151,9 +144,9 @@ def test_prompts_tell_styles_apart() -> None:
 
 
 def test_pickers_share_the_phrases() -> None:
-    assert prompt_from_choice(
-        length="long", curl="curly", colour="natural brown", bangs="see-through", seed=3
-    ) == write_prompt({"length": "장발", "curl": "S", "color": "자연갈색", "bang": "시스루"}, seed=3)
+    assert prompt_from_choice(length="long", curl="curly", colour="natural brown", bangs="see-through", seed=3) == write_prompt(
+        {"length": "장발", "curl": "S", "color": "자연갈색", "bang": "시스루"}, seed=3
+    )
     assert prompt_from_choice() == NEUTRAL_PROMPT
     words = set(all_prompt_words())
     for argument, options in choices().items():
@@ -191,18 +184,10 @@ def test_the_diff_adds_the_proposals_and_nothing_else(labels: Path) -> None:
     proposal = auto_translate.propose(missing, {"새로운컷": "New cut ", "은색": ""}.__getitem__)
     assert proposal["basestyle"] == {"새로운컷": {"count": 2, "en": "new cut"}}
     diff = auto_translate.mapping_diff(proposal)
-    added = [
-        line[1:].strip().rstrip(",")
-        for line in diff.splitlines()
-        if line.startswith("+") and not line.startswith("+++")
-    ]
+    added = [line[1:].strip().rstrip(",") for line in diff.splitlines() if line.startswith("+") and not line.startswith("+++")]
     assert '"새로운컷": "new cut"' in added and '"은색": "TODO"' in added
     assert f'"version": {tables().version + 1}' in added
-    removed = [
-        line[1:].strip().rstrip(",")
-        for line in diff.splitlines()
-        if line.startswith("-") and not line.startswith("---")
-    ]
+    removed = [line[1:].strip().rstrip(",") for line in diff.splitlines() if line.startswith("-") and not line.startswith("---")]
     assert len(added) == len(removed) + 2  # a neighbouring line gains a comma
     assert auto_translate.mapping_diff({}) == ""
 

@@ -117,7 +117,7 @@ def test_groups_stay_small_at_the_released_size(narrow_ages: bool, fewest: int, 
     np.testing.assert_allclose([shares[split] / 4347 for split in SPLITS], [0.8, 0.1, 0.1], atol=0.05)
     strata: dict[str | None, Counter[str]] = defaultdict(Counter)
     heads = {item.source: item for item in items}
-    for group, split in {group: split for group, split in result.values()}.items():
+    for group, split in dict(result.values()).items():
         strata[heads[group].basestyle][split] += 1
     assert all(set(counts) == set(SPLITS) for counts in strata.values() if sum(counts.values()) >= 10)
 
@@ -125,9 +125,7 @@ def test_groups_stay_small_at_the_released_size(narrow_ages: bool, fewest: int, 
 def test_added_photos_and_heads_move_nobody() -> None:
     items = released_set(1, narrow_ages=False)[:2000]
     before = assign_splits(items, seed=3)
-    more_views = [
-        dataclasses.replace(item, id=item.id.replace("-001", f"-{view:03d}")) for item in items[::3] for view in (2, 3)
-    ]
+    more_views = [dataclasses.replace(item, id=item.id.replace("-001", f"-{view:03d}")) for item in items[::3] for view in (2, 3)]
     after = assign_splits([*items, *more_views], seed=3)
     assert {name: after[name] for name in before} == before
     heads = [record(f"MN{number:06d}", 9000 + 40 * number, style=f"style{number % 31}") for number in range(200)]

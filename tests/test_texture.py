@@ -19,11 +19,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 
 from backend import artifacts
 from backend.config import Config
 from backend.errors import DeepHairError, InvalidArtifactError, MissingInputError
-from backend.training import keyed, texture_trainer, train_texture
+from backend.training import texture_trainer, train_texture
 from backend.training.models.supcon import UNKNOWN, Labels, masked_cross_entropy, supcon_loss
 from backend.training.models.texture_encoder import EMBEDDING, TextureEncoder, blocks_of, load_texture_encoder, new_encoder
 from backend.training.texture_data import (
@@ -37,7 +38,7 @@ from backend.training.texture_data import (
     read_patch_tables,
     to_unit,
 )
-from backend.training.texture_metrics import balanced_accuracy, by_photo, colour_probe, embed, score
+from backend.training.texture_metrics import balanced_accuracy, by_photo, score
 from backend.training.texture_predict import predict
 from backend.training.texture_report import tsne
 
@@ -63,7 +64,7 @@ def draw_patch(curl: int, volume: int, colour: np.ndarray, rng: np.random.Genera
 
 
 def write_set(processed: Path, *, heads: int, photos: int = 2, patches: int = 3, side: int = 32, seed: int = 0) -> None:
-    """A Stage 0 output folder as far as Stage 1 reads it. Every sixth head lacks its curl label, every fifth its volume label."""
+    """A Stage 0 output folder as far as Stage 1 reads it, 12 heads of a split at a time. Some heads lack a label."""
     rng = np.random.default_rng(seed)
     folder = processed / "hair_patches"
     folder.mkdir(parents=True)
@@ -71,7 +72,7 @@ def write_set(processed: Path, *, heads: int, photos: int = 2, patches: int = 3,
     for head in range(heads):
         curl, volume = head % 4, (head // 4) % 3
         colour = rng.uniform(30, 190, 3)
-        split = ("train", "train", "train", "val", "test")[(head // 12) % 5]
+        split = ("train", "val", "test", "train", "train")[(head // 12) % 5]
         for photo in range(photos):
             identifier = f"CP{head:06d}-{photo:03d}"
             names = [f"hair_patches/{identifier}_{k:03d}.png" for k in range(patches)]
@@ -91,9 +92,28 @@ def write_start(weights: Path) -> None:
 
 
 def configured(root: Path, **texture: Any) -> Config:
-    defaults = {"layers": LAYERS, "image_size": 32, "steps": 6, "batch_size": 4, "warmup": 1, "save_every": 2, "keep": 2, "precision": "fp32", "workers": 0}
+    defaults = {
+        "layers": LAYERS,
+        "image_size": 32,
+        "steps": 4,
+        "batch_size": 4,
+        "warmup": 1,
+        "save_every": 2,
+        "keep": 1,
+        "precision": "fp32",
+        "workers": 0,
+    }
     paths = {"processed": root / "processed", "checkpoints": root / "checkpoints", "weights": root / "weights"}
     return Config.model_validate({"name": "test", "device": "cpu", "paths": paths, "texture": {**defaults, **texture}})
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty-four heads, half of them for validation: enough to run on."""
+    root = tmp_path_factory.mktemp("few")
+    write_set(root / "processed", heads=24, photos=1, patches=2)
+    write_start(root / "weights")
+    return root
 
 
 @pytest.fixture(scope="module")
@@ -105,12 +125,16 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture
-def root(world: Path, tmp_path: Path) -> Path:
+def own(shared: Path, root: Path) -> Path:
     """The same data with a checkpoint folder of one's own."""
     for name in ("processed", "weights"):
-        (tmp_path / name).symlink_to(world / name)
-    return tmp_path
+        (root / name).symlink_to(shared / name)
+    return root
+
+
+@pytest.fixture
+def root(few: Path, tmp_path: Path) -> Path:
+    return own(few, tmp_path)
 
 
 @pytest.fixture(autouse=True)
@@ -145,7 +169,11 @@ def value_and_gradient(loss: Any, z: Tensor) -> tuple[float, Tensor]:
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.tuples(st.integers(-1, 2), st.integers(0, 3)), min_size=1, max_size=10), st.integers(0, 1000), st.sampled_from([0.07, 0.1, 0.5]))
+@given(
+    st.lists(st.tuples(st.integers(-1, 2), st.integers(0, 3)), min_size=1, max_size=10),
+    st.integers(0, 1000),
+    st.sampled_from([0.07, 0.1, 0.5]),
+)
 def test_supcon_is_the_papers_formula(rows: list[tuple[int, int]], seed: int, temperature: float) -> None:
     z, classes, groups = unit(len(rows), seed), [c for c, _ in rows], [g for _, g in rows]
     fast = value_and_gradient(lambda x: supcon_loss(x, torch.tensor(classes), torch.tensor(groups), temperature=temperature), z)
@@ -170,10 +198,14 @@ def test_supcon_equals_pytorch_metric_learning(temperature: float) -> None:
 def test_supcon_without_positives_is_zero_and_with_one_class_finite() -> None:
     z = unit(4, 0)
     for classes, groups in (([0, 1, 2, 3], [0, 1, 2, 3]), ([0, 0, 1, 1], [5, 5, 6, 6]), ([-1] * 4, [0, 1, 2, 3])):
-        value, gradient = value_and_gradient(lambda x, c=classes, g=groups: supcon_loss(x, torch.tensor(c), torch.tensor(g), temperature=0.1), z)
+        value, gradient = value_and_gradient(
+            lambda x, c=classes, g=groups: supcon_loss(x, torch.tensor(c), torch.tensor(g), temperature=0.1), z
+        )
         assert value == 0 and not gradient.any()
     same = torch.full((4, 16), 0.25)
-    value, gradient = value_and_gradient(lambda x: supcon_loss(x, torch.zeros(4, dtype=torch.long), torch.arange(4), temperature=0.01), same)
+    value, gradient = value_and_gradient(
+        lambda x: supcon_loss(x, torch.zeros(4, dtype=torch.long), torch.arange(4), temperature=0.01), same
+    )
     assert value == pytest.approx(math.log(3), abs=1e-5) and torch.isfinite(gradient).all()
 
 
@@ -309,7 +341,9 @@ def test_decoding_ahead_changes_nothing(world: Path) -> None:
     sampler = BalancedSampler(table, batch_size=4, seed=0)
     kept, ahead = PatchImages(table, 32, workers=1), PatchImages(table, 32, workers=2, budget=0)
     assert kept.in_memory and not ahead.in_memory
-    pairs = zip(feed(kept, sampler, range(3, 9), slice(0, 4), workers=0), feed(ahead, sampler, range(3, 9), slice(0, 4), workers=2), strict=True)
+    pairs = zip(
+        feed(kept, sampler, range(3, 9), slice(0, 4), workers=0), feed(ahead, sampler, range(3, 9), slice(0, 4), workers=2), strict=True
+    )
     for step, (one, other) in enumerate(pairs, 3):
         assert one.step == other.step == step
         assert torch.equal(one.images, other.images) and np.array_equal(one.patches, other.patches)
@@ -327,7 +361,7 @@ def test_views_keep_colour_and_strands() -> None:
     x, y = draw_views(500, 1, 0).flatten(0, 1)[..., :2].unbind(-1)
     torch.testing.assert_close((x * y).sum(1), torch.zeros(1000), atol=1e-6, rtol=0)
     torch.testing.assert_close(x.norm(dim=1), y.norm(dim=1))
-    assert 0.75 <= float(x.norm(dim=1).min()) and float(x.norm(dim=1).max()) <= 1 + 1e-6
+    assert float(x.norm(dim=1).min()) >= 0.75 and float(x.norm(dim=1).max()) <= 1 + 1e-6
     rng = np.random.default_rng(0)
     strands = torch.from_numpy(np.stack([draw_patch(3, 0, np.array([120.0, 80, 50]), rng, side=64) for _ in range(8)]))
     contrast = [float((t[..., 1:] - t[..., :-1]).abs().mean()) for t in (to_unit(strands), augment(strands, draw_views(8, 0, 0)))]
@@ -374,15 +408,9 @@ def test_tsne_keeps_clusters_apart() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------- the training
-def weights_of(folder: Path) -> dict[str, Tensor]:
-    return artifacts.load_tensors(folder / train_texture.RESULT)
-
-
 @pytest.fixture(scope="module")
-def undisturbed(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("undisturbed")
-    for name in ("processed", "weights"):
-        (root / name).symlink_to(world / name)
+def undisturbed(few: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = own(few, tmp_path_factory.mktemp("undisturbed"))
     torch.set_num_threads(1)
     train_texture.train_texture(configured(root))
     return root / "checkpoints"
@@ -390,21 +418,39 @@ def undisturbed(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_run_leaves_what_the_design_names(undisturbed: Path) -> None:
     names = {path.name for path in undisturbed.iterdir()}
-    assert {"texture_encoder.safetensors", "stage1_metrics.json", "stage1_report.html", "stage1_step_6.safetensors", "stage1_step_4.safetensors"} <= names
-    assert "stage1_step_2.safetensors" not in names  # keep=2
+    assert {"texture_encoder.safetensors", "stage1_metrics.json", "stage1_report.html", "stage1_step_4.safetensors"} <= names
+    assert "stage1_step_2.safetensors" not in names  # keep=1
     header = artifacts.read_header(undisturbed / "texture_encoder.safetensors")
-    assert header["format"] == "deephair-texture-1" and header["layers"] == [1, 1, 1, 1] and header["steps"] == 6
+    assert header["format"] == "deephair-texture-1" and header["layers"] == [1, 1, 1, 1] and header["steps"] == 4
     page = (undisturbed / "stage1_report.html").read_text()
     assert "Worst mistakes" in page and "http" not in page.replace("http-equiv", "")
     encoder = load_texture_encoder(undisturbed / "texture_encoder.safetensors")
     assert not encoder.training and encoder.encode(torch.rand(1, 3, 32, 32)).shape == (1, 2048)
 
 
+def assert_same(found: Path, wanted: Path) -> None:
+    """The same encoder to the last bit, with the same header."""
+    one, other = found / train_texture.RESULT, wanted / train_texture.RESULT
+    tensors, expected = artifacts.load_tensors(one), artifacts.load_tensors(other)
+    assert tensors.keys() == expected.keys() and all(torch.equal(tensors[name], expected[name]) for name in expected)
+    assert artifacts.read_header(one) == artifacts.read_header(other)
+
+
 class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("point", ["before the first save", "between saves", "in a save", "after the best, before the save", "at the end", "asked to stop"])
+STOPS = {
+    "before the first save": 4,
+    "between saves": 2,
+    "in a save": 2,
+    "after the best, before the save": 2,
+    "at the end": 0,
+    "asked to stop": 1,
+}
+
+
+@pytest.mark.parametrize("point", [pytest.param(p, marks=() if p in ("in a save", "asked to stop") else pytest.mark.long) for p in STOPS])
 def test_a_stopped_run_ends_bit_equal(point: str, root: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = configured(root)
     step, save = texture_trainer.Trainer.step, artifacts.save_tensors
@@ -433,28 +479,33 @@ def test_a_stopped_run_ends_bit_equal(point: str, root: Path, undisturbed: Path,
     with pytest.raises(KeyboardInterrupt if point == "asked to stop" else Killed):
         train_texture.train_texture(config)
     monkeypatch.undo()
-    again = {"before the first save": 6, "between saves": 4, "in a save": 4, "after the best, before the save": 4, "at the end": 0, "asked to stop": 3}
     steps: list[int] = []
-    monkeypatch.setattr(texture_trainer.Trainer, "step", lambda self, batch, labels: (steps.append(batch.step), step(self, batch, labels))[1])
+
+    def counting(self: texture_trainer.Trainer, batch: Batch, labels: Labels) -> dict[str, float]:
+        steps.append(batch.step)
+        return step(self, batch, labels)
+
+    monkeypatch.setattr(texture_trainer.Trainer, "step", counting)
     train_texture.train_texture(config)
-    assert len(steps) == again[point]
-    assert (root / "checkpoints" / train_texture.RESULT).read_bytes() == (undisturbed / train_texture.RESULT).read_bytes()
+    assert len(steps) == STOPS[point]
+    assert_same(root / "checkpoints", undisturbed)
 
 
+@pytest.mark.long
 def test_kill_9_in_the_middle_ends_bit_equal(root: Path, undisturbed: Path) -> None:
     settings = [f"paths.{name}={root / name}" for name in ("processed", "checkpoints", "weights")]
     config = configured(root)
     settings += [f"texture.{key}={json.dumps(value)}" for key, value in config.resolved()["texture"].items()]
     script = ("import os, sys, torch; torch.set_num_threads(1); from backend.training import train_texture, texture_trainer as t; step = t.Trainer.step\n"
-              "t.Trainer.step = lambda self, batch, labels: os.kill(os.getpid(), 9) if batch.step == 5 else step(self, batch, labels)\n"
+              "t.Trainer.step = lambda self, batch, labels: os.kill(os.getpid(), 9) if batch.step == 3 else step(self, batch, labels)\n"
               "train_texture.main(sys.argv[1:])")  # fmt: skip
     (root / "empty.yaml").write_text("device: cpu\ntrain: {texture_every: 0}\n")
-    done = subprocess.run([sys.executable, "-c", script, "--config", str(root / "empty.yaml"), *settings], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-c", script, "--config", str(root / "empty.yaml"), *settings]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == -9, done.stderr
-    assert (root / "checkpoints/stage1_step_4.state").is_dir() and not (root / "checkpoints" / train_texture.RESULT).exists()
+    assert (root / "checkpoints/stage1_step_2.state").is_dir() and not (root / "checkpoints" / train_texture.RESULT).exists()
     train_texture.train_texture(config)
-    found, wanted = weights_of(root / "checkpoints"), weights_of(undisturbed)
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted) and found.keys() == wanted.keys()
+    assert_same(root / "checkpoints", undisturbed)
 
 
 def test_finished_work_is_left_alone_and_changed_settings_are_not(root: Path) -> None:
@@ -482,9 +533,9 @@ def test_a_non_finite_batch_is_named_and_changes_nothing(root: Path, monkeypatch
 
 
 def test_early_stop_keeps_the_best(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scores = iter([0.3, 0.8, 0.5, 0.6, 0.9])
+    scores = iter([0.3, 0.8, 0.5, 0.6])
     monkeypatch.setattr(train_texture, "headline", lambda found: next(scores))
-    result = train_texture.train_texture(configured(root, save_every=1, patience=2))
+    result = train_texture.train_texture(configured(root, steps=6, save_every=1, patience=2))
     assert result["steps"] == 4 and result["chosen_step"] == 2
     assert not (root / "checkpoints" / train_texture.BEST).exists()
 
@@ -498,32 +549,37 @@ def two_process_step(rank: int, port: int, root: Path, out: Path) -> None:
 def take_steps(world: texture_trainer.World, root: Path, out: Path | None, steps: int = 3) -> None:
     """Some steps with batch-norm statistics frozen: each process would otherwise normalise by its own half."""
     torch.set_num_threads(1)
-    config = configured(root, batch_size=8, lr=1e-3).texture
+    config = configured(root, batch_size=8, lr=1e-4).texture
     table = read_patch_tables(root / "processed")["train"]
     trainer = texture_trainer.Trainer(config, new_encoder(LAYERS, dropout=0.2, seed=3), world)
     trainer.model.train()
     for module in trainer.encoder.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
-    for batch in feed(PatchImages(table, 32, workers=0), BalancedSampler(table, batch_size=8, seed=0), range(steps), world.rows(8), workers=0):
+    for batch in feed(
+        PatchImages(table, 32, workers=0), BalancedSampler(table, batch_size=8, seed=0), range(steps), world.rows(8), workers=0
+    ):
         trainer.step(batch, texture_trainer.labels_of(table, batch.patches))
     if out is not None:
-        save_file({name: value.contiguous() for name, value in trainer.encoder.state_dict().items()}, out)
+        # The last step's gradients too: AdamW would hide a wrong factor in them.
+        gradients = {f"gradient of {name}": parameter.grad for parameter, name in trainer.names.items()}
+        save_file({name: value.contiguous() for name, value in {**trainer.encoder.state_dict(), **gradients}.items()}, out)
 
 
+@pytest.mark.long
 def test_two_processes_equal_one(world: Path, tmp_path: Path) -> None:
     import socket
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.start_processes(two_process_step, (port, world, tmp_path / "two"), nprocs=2, start_method="spawn")
+    spawn(two_process_step, (port, world, tmp_path / "two"), nprocs=2)
     take_steps(texture_trainer.World(torch.device("cpu")), world, tmp_path / "one")
     one, two = artifacts.load_tensors(tmp_path / "one"), artifacts.load_tensors(tmp_path / "two")
     start = new_encoder(LAYERS, dropout=0.2, seed=3).state_dict()
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, atol=1e-5, rtol=0)
-    assert max(float((one[name] - start[name]).abs().max()) for name in one if one[name].is_floating_point()) > 1e-3  # it did move
+    assert max(float((one[name] - start[name]).abs().max()) for name in start if one[name].is_floating_point()) > 1e-4  # it did move
 
 
 def test_it_learns_strands_of_unseen_heads_and_keeps_their_colour(root: Path) -> None:

@@ -22,7 +22,8 @@ from backend.config import Config
 from backend.errors import DeepHairError
 
 if TYPE_CHECKING:
-    from backend.tryon.pipeline import Preview, TryOn
+    from backend.tryon.pipeline import TryOn
+    from backend.tryon.values import Preview
 
 logger = logging.getLogger(__name__)
 
@@ -187,7 +188,9 @@ class Service:
             known = isinstance(error, DeepHairError)
             reason = f" Its check says: {error.code}." if isinstance(error, DeepHairError) else ""
             detail = f"The deployed bundle does not load, so the old one is kept.{reason}"
-            raise Problem("reload_failed", detail, hint="run 'deephair verify' on the bundle" if known else "see the server's log") from error
+            raise Problem(
+                "reload_failed", detail, hint="run 'deephair verify' on the bundle" if known else "see the server's log"
+            ) from error
 
     def view(self, job: Job) -> JobView:
         """The job as a client sees it."""

@@ -63,7 +63,9 @@ def max_body_bytes(settings: AppConfig, files: int = 2) -> int:
     return files * settings.max_upload_mb * 2**20 + 8 * MAX_FIELD_BYTES
 
 
-async def read_form(request: Request, settings: AppConfig, files: tuple[str, ...], options: type[Options]) -> tuple[dict[str, bytes], Options]:
+async def read_form(
+    request: Request, settings: AppConfig, files: tuple[str, ...], options: type[Options]
+) -> tuple[dict[str, bytes], Options]:
     """Parses a multipart body into the bytes of ``files`` (absent ones are left out) and validated ``options``.
 
     Raises Problem: not_multipart, malformed_request, upload_too_large, invalid_form.
@@ -72,7 +74,9 @@ async def read_form(request: Request, settings: AppConfig, files: tuple[str, ...
     if kind != "multipart/form-data":
         raise Problem("not_multipart", f"The content type is '{kind[:80]}'.", hint="send the photos as multipart/form-data")
     try:
-        async with request.form(max_files=len(files), max_fields=len(options.model_fields) + len(files), max_part_size=MAX_FIELD_BYTES) as form:
+        async with request.form(
+            max_files=len(files), max_fields=len(options.model_fields) + len(files), max_part_size=MAX_FIELD_BYTES
+        ) as form:
             _refuse_wrong_parts(form, files, options)
             received = {name: await _file_bytes(form, name, settings) for name in files}
             fields = {name: value for name, value in form.multi_items() if isinstance(value, str) and value.strip() and name not in files}

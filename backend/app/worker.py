@@ -23,7 +23,8 @@ from backend.errors import DeepHairError
 from backend.imaging.decode import ImageError, encode_png, read_png
 
 if TYPE_CHECKING:
-    from backend.tryon.pipeline import TryOn, TryOnRequest
+    from backend.tryon.pipeline import TryOn
+    from backend.tryon.values import TryOnRequest
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +144,7 @@ class Worker(threading.Thread):
 
     def _attempt(self, job: Job, model: TryOn, cancel: threading.Event) -> dict[str, str] | None:
         """Runs the job and stores its pictures; returns {code, message, hint} when it fails."""
-        from backend.tryon.pipeline import Cancelled
+        from backend.tryon.values import Cancelled
 
         try:
             result = model.run(
@@ -169,7 +170,7 @@ class Worker(threading.Thread):
         return None
 
     def _request(self, job: Job) -> TryOnRequest:
-        from backend.tryon.pipeline import TryOnRequest
+        from backend.tryon.values import TryOnRequest
 
         folder = self._store.folder(job.id)
         try:

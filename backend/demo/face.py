@@ -124,7 +124,14 @@ def _paint_nose(c: _Canvas, who: Identity, skin: Array) -> None:
     c.mark(c.cover(outline), 2)
     for side in (-1, 1):
         c.tint(c.spot(side * half * 0.47, tip - 0.085, 0.036, 0.017), skin * np.array([0.30, 0.20, 0.18]), 0.9)
-        wing = np.array([[side * half * 0.85, tip + 0.06], [side * half * 1.08, tip], [side * half * 1.02, tip - 0.06], [side * half * 0.75, tip - 0.09]])
+        wing = np.array(
+            [
+                [side * half * 0.85, tip + 0.06],
+                [side * half * 1.08, tip],
+                [side * half * 1.02, tip - 0.06],
+                [side * half * 0.75, tip - 0.09],
+            ]
+        )
         c.tint(c.stroke(wing, 0.016, 0.010), skin * 0.55, 0.55)
         bridge = np.array([[side * 0.085, 0.12], [side * 0.075, -0.12], [side * 0.10, tip + 0.06]])
         c.tint(c.stroke(bridge, 0.03, 0.02), skin * np.array([0.78, 0.70, 0.66]), 0.35)
@@ -143,9 +150,9 @@ def _paint_mouth(c: _Canvas, who: Identity, skin: Array) -> None:
     for shape, shade, class_id in ((upper, 0.90, 11), (lower, 1.05, 12)):
         c.tint(c.cover(shape, 0.006), lip * shade, 0.85)
         c.mark(c.cover(shape), class_id)
-    c.tint(c.stroke(np.stack([x, seam], 1), 0.018, 0.005), lip * 0.32, 0.95)
+    c.tint(c.stroke(np.stack([x, seam], 1)[1:-1], 0.013, 0.005), lip * 0.34, 0.85)
     c.mark(c.stroke(np.stack([x, seam], 1), 0.014), 10)
-    c.tint(c.spot(0, y - 0.15, 0.12, 0.022), skin * 0.72, 0.5)
+    c.tint(c.spot(0, y - 0.15, 0.12, 0.025), skin * 0.82, 0.5)
     c.gloss += 0.7 * c.spot(0, y - 0.055, 0.1, 0.02)
 
 
@@ -177,7 +184,9 @@ def _paint_eye(c: _Canvas, who: Identity, skin: Array, side: int) -> None:
     c.mark(opening, 4 if side < 0 else 5)
     lash = (34, 26, 24)
     c.tint(c.stroke(upper, 0.026 if who.sex == "female" else 0.019, 0.004), lash, 0.92)
-    corner = np.array([[ex + side * half * 0.9, lid[-2 if side > 0 else 1]], [ex + side * half * 1.22, ey + tilt[-1 if side > 0 else 0] + 0.035]])
+    corner = np.array(
+        [[ex + side * half * 0.9, lid[-2 if side > 0 else 1]], [ex + side * half * 1.22, ey + tilt[-1 if side > 0 else 0] + 0.035]]
+    )
     c.tint(c.stroke(corner, 0.018, 0.004), lash, 0.8 if who.sex == "female" else 0.3)
     c.tint(c.stroke(lower, 0.012, 0.006), skin * np.array([0.52, 0.38, 0.36]), 0.6)
     if who.double_lid:

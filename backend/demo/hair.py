@@ -18,20 +18,26 @@ from .traits import Hairstyle, Identity
 
 STEP = 0.09
 STANDOFF = (0.045, 0.13, 0.27)
-WAVELENGTH = (2.4, 0.80, 0.36, 0.155)
-AMPLITUDE = (0.018, 0.085, 0.075, 0.048)
+WAVELENGTH = (2.4, 0.86, 0.42, 0.135)
+AMPLITUDE = (0.015, 0.105, 0.095, 0.055)
+SHORT_WAVE = (1.0, 0.6, 0.68, 0.88)  # short hair shows its curl over fewer centimetres
 _TIE = np.array([0.0, 0.02, -1.10], np.float32)
 
 
 @dataclass(frozen=True)
 class Strands:
-    """points (N, P, 3) person coordinates; arc (N, P) head units from the root; layer (N,) 0 inner .. 1 outer; shade (N,) about 1;
-    accent (N,) whether the strand takes the tip or highlight colour; tips (N,) its whole length."""
+    """The strands of one head, N of them with P points each.
+
+    points (N, P, 3) person coordinates; arc (N, P) head units from the root; layer (N,) 0 inner .. 1 outer; shade (N,) brightness
+    about 1; relief (N, P) -1..1 how far the curl lifts the strand out of the mass; accent (N,) whether the strand takes the tip
+    or highlight colour; tips (N,) its whole length.
+    """
 
     points: Array
     arc: Array
     layer: Array
     shade: Array
+    relief: Array
     accent: NDArray[np.bool_]
     tips: Array
 
@@ -63,7 +69,7 @@ def grow(who: Identity, style: Hairstyle, garment: str, seed: int, detail: float
 
 def _plant(who: Identity, style: Hairstyle, head: HeadSurface, rng: np.random.Generator) -> _Guides:
     """Spread roots evenly over the scalp (Fibonacci sphere) and decide how each is combed and how long it gets."""
-    count = 1100
+    count = 1700
     k = np.arange(count) + 0.5
     y = 1 - 2 * k / count
     turn = np.pi * (1 + 5**0.5) * k
@@ -87,7 +93,17 @@ def _plant(who: Identity, style: Hairstyle, head: HeadSurface, rng: np.random.Ge
         comb_gap = np.sin(lon * 0.42 + rng.uniform(0, 6)) > 0.35
         keep = ~bang | comb_gap
     rooted = root * head.radius_at(root)[:, None]
-    return _Guides(rooted[keep], comb[keep], hold[keep], length[keep], end[keep], standoff[keep].astype(np.float32), side[keep], bang[keep], layer[keep])
+    return _Guides(
+        rooted[keep],
+        comb[keep],
+        hold[keep],
+        length[keep],
+        end[keep],
+        standoff[keep].astype(np.float32),
+        side[keep],
+        bang[keep],
+        layer[keep],
+    )
 
 
 def _lengths(style: Hairstyle, root: Array, bang: NDArray[np.bool_], rng: np.random.Generator) -> tuple[Array, Array]:
@@ -102,7 +118,7 @@ def _lengths(style: Hairstyle, root: Array, bang: NDArray[np.bool_], rng: np.ran
     else:
         length = np.full(n, 5.2)
     end = style.end_height + rng.normal(0, 0.07 if style.length == "bob" else 0.16, n)
-    brow = {"full": 0.13, "see_through": 0.10, "side_swept": -0.02, "choppy": 0.36}.get(style.bangs, 0.1)
+    brow = {"full": 0.13, "see_through": 0.10, "side_swept": 0.05, "choppy": 0.36}.get(style.bangs, 0.1)
     ragged = 0.075 if style.bangs == "choppy" else 0.03
     end = np.where(bang, brow + rng.normal(0, ragged, n), end)
     length = np.where(bang, 1.15, length)
@@ -114,16 +130,27 @@ def _combing(style: Hairstyle, root: Array, side: Array, bang: NDArray[np.bool_]
     n = len(root)
     crown = np.array([0.05, 0.86, -0.5], np.float32)
     whorl = root - crown
-    whorl /= np.maximum(np.linalg.norm(whorl, axis=1, keepdims=True), 0.2)
+    whorl /= np.maximum(np.linalg.norm(whorl, axis=1, keepdims=True), 0.05)
     apart = np.stack([side, np.full(n, 0.1), np.where(root[:, 2] > 0.2, -0.35, -0.1)], axis=1)
     back = np.clip((0.15 - root[:, 2]) / 0.6, 0, 1)[:, None]
     swept = np.stack([0.35 * side, np.full(n, 0.75), np.full(n, -0.9)], axis=1)
     if style.parting:
         comb = apart * (1 - back) + whorl * back
+        # the front hairline is lifted before it falls aside, or it would cross the forehead
+        hairline = np.clip((root[:, 2] - 0.45) / 0.2, 0, 1)[:, None]
+        comb = comb + hairline * np.array([0, 0.55, -0.75])
     elif style.bangs == "none":
         comb = swept * (1 - back) + whorl * back
     else:
         comb = whorl
+    if style.length not in ("men", "women_short"):
+        # long hair over a fringe parts to the sides behind it
+        ahead = np.clip((root[:, 2] - 0.0) / 0.3, 0, 1)
+        comb[:, 2] -= ahead * (np.maximum(comb[:, 2], 0) + 0.1)
+        comb[:, 0] += ahead * 0.6 * side
+    # beside the face nothing is combed forwards, or it would cross the cheeks
+    beside = np.clip((0.62 - root[:, 1]) / 0.2, 0, 1) * (root[:, 2] > -0.4)
+    comb[:, 2] -= beside * (np.maximum(comb[:, 2], 0) + 0.15)
     comb = comb + rng.normal(0, (0.10, 0.14, 0.22)[style.volume], (n, 3))
     drift = 0.95 * (1.0 if style.parting <= 5 else -1.0) if style.bangs == "side_swept" else 0.0
     fringe = np.stack([0.25 * root[:, 0] + drift + rng.normal(0, 0.06, n), np.full(n, -0.1), np.full(n, 1.0)], axis=1)
@@ -138,7 +165,10 @@ def _walk(g: _Guides, style: Hairstyle, head: HeadSurface, body: BodySurface, wh
     """March every guide; returns paths (G, K, 3) and the valid length of each in steps (fractional)."""
     steps = int(min(5.2, float(g.length.max())) / STEP) + 2
     p = g.root * 1.005
-    direction = g.root / np.linalg.norm(g.root, axis=1, keepdims=True) * 0.5 + g.comb * 0.5
+    out = g.root / np.linalg.norm(g.root, axis=1, keepdims=True)
+    g.comb -= (g.comb * out).sum(axis=1, keepdims=True) * out
+    g.comb /= np.maximum(np.linalg.norm(g.comb, axis=1, keepdims=True), 0.3)
+    direction = 0.3 * out + 0.7 * g.comb
     paths = np.empty((len(p), steps + 1, 3), np.float32)
     paths[:, 0] = p
     alive = np.ones(len(p), bool)
@@ -194,11 +224,14 @@ def _keep_off_head(p: Array, g: _Guides, style: Hairstyle, head: HeadSurface, s:
 def _keep_off_face(p: Array, g: _Guides, who: Identity) -> Array:
     """Hair that is not a fringe slides aside to the temples instead of crossing the face."""
     guard = (0.56 + 0.12 * g.layer) * who.face_width * np.clip(1.25 - 0.35 * np.abs(p[:, 1] + 0.1), 0.7, 1.0)
-    crossing = (~g.bang) & (p[:, 2] > 0.05) & (p[:, 1] < 0.52) & (np.abs(p[:, 0]) < guard)
-    strength = np.clip((0.52 - p[:, 1]) / 0.25, 0, 1) * crossing
+    crossing = (~g.bang) & (p[:, 2] > 0.05) & (p[:, 1] < 0.66) & (np.abs(p[:, 0]) < guard)
+    strength = np.clip((0.66 - p[:, 1]) / 0.2, 0, 1) * crossing
+    strength *= np.clip((p[:, 1] + 1.5) / 0.3, 0, 1)
+    side = np.where(np.abs(p[:, 0]) > 0.2, np.sign(p[:, 0]), g.side)
     p = p.copy()
-    p[:, 0] += strength * 0.5 * (g.side * guard - p[:, 0])
+    p[:, 0] += strength * 0.5 * (side * guard - p[:, 0])
     p[:, 2] -= strength * 0.05
+    p[:, 1] += strength * 0.08 * (p[:, 1] > 0.3)
     return p
 
 
@@ -220,11 +253,11 @@ def _keep_off_body(p: Array, g: _Guides, body: BodySurface) -> Array:
 
 def _locks(paths: Array, counts: Array, g: _Guides, style: Hairstyle, rng: np.random.Generator, detail: float) -> Strands:
     """Spread every guide into a lock of strands, resample them and add the curl."""
-    each = max(2, round((3.6, 4.6, 5.8)[style.volume] * detail * (1.5 if style.length in ("men", "women_short") else 1.0)))
+    each = max(2, round((2.4, 3.0, 3.8)[style.volume] * detail * (1.5 if style.length in ("men", "women_short") else 1.0)))
     owner = np.repeat(np.arange(len(paths)), each)
     n = len(owner)
     longest = float(counts.max()) * STEP
-    spacing = max(0.06 if style.curl < 2 else WAVELENGTH[style.curl] / 7, longest / 150)
+    spacing = max(0.06 if style.curl < 2 else WAVELENGTH[style.curl] / 6, longest / 130)
     samples = max(8, int(longest / spacing))
     lengths = counts[owner] * rng.uniform(0.86, 1.0, n).astype(np.float32)
     index = np.linspace(0, 1, samples, dtype=np.float32)[None, :] * lengths[:, None]
@@ -233,11 +266,13 @@ def _locks(paths: Array, counts: Array, g: _Guides, style: Hairstyle, rng: np.ra
     points = paths[owner[:, None], low] * (1 - mix) + paths[owner[:, None], low + 1] * mix
     arc = index * STEP
     points = points + _scatter(g, owner, arc, style, rng)
-    points = points + _curl(points, arc, g.root[owner], owner, len(paths), style, rng)
-    shade = (1 + 0.10 * rng.normal(size=len(paths))[owner] + 0.12 * rng.normal(size=n)).astype(np.float32)
+    bend, relief = _curl(points, arc, g.root[owner], owner, len(paths), style, rng)
+    points = points + bend
+    by_lock, by_strand = ((0.10, 0.12), (0.10, 0.10), (0.16, 0.08), (0.06, 0.16))[style.curl]
+    shade = (1 + by_lock * rng.normal(size=len(paths))[owner] + by_strand * rng.normal(size=n)).astype(np.float32)
     accent = rng.random(len(paths))[owner] < (0.25 if style.colour == "two-tone" else 0.22)
     layer = np.clip(g.layer[owner] + rng.uniform(-0.15, 0.15, n), 0, 1).astype(np.float32)
-    return Strands(points.astype(np.float32), arc, layer, np.clip(shade, 0.6, 1.45), accent, lengths * STEP)
+    return Strands(points.astype(np.float32), arc, layer, np.clip(shade, 0.6, 1.45), relief, accent, lengths * STEP)
 
 
 def _scatter(g: _Guides, owner: NDArray[np.int64], arc: Array, style: Hairstyle, rng: np.random.Generator) -> Array:
@@ -246,22 +281,29 @@ def _scatter(g: _Guides, owner: NDArray[np.int64], arc: Array, style: Hairstyle,
     out = g.root[owner] / np.linalg.norm(g.root[owner], axis=1, keepdims=True)
     offset = rng.normal(0, 1, (n, 3)).astype(np.float32)
     offset -= (offset * out).sum(axis=1, keepdims=True) * out
-    offset *= 0.055
+    offset *= (0.06, 0.055, 0.04, 0.06)[style.curl]
     lift = out * np.abs(rng.normal(0, 0.25, (n, 1))).astype(np.float32) * g.standoff[owner][:, None]
     gathered = np.clip(1.0 - 0.22 * arc, 0.45, 1.0)[..., None]
     frizz = (0.0, 0.25, 0.6)[style.volume] * np.clip(arc / 2.5, 0, 1)[..., None]
     return offset[:, None, :] * (gathered + frizz) + lift[:, None, :] * np.clip(arc / 0.3, 0, 1)[..., None]
 
 
-def _curl(points: Array, arc: Array, root: Array, owner: NDArray[np.int64], guides: int, style: Hairstyle, rng: np.random.Generator) -> Array:
-    """Displacement (N, P, 3) of the strand's own shape: flat waves for class 1, helices for 2 and 3."""
+def _curl(
+    points: Array, arc: Array, root: Array, owner: NDArray[np.int64], guides: int, style: Hairstyle, rng: np.random.Generator
+) -> tuple[Array, Array]:
+    """Displacement (N, P, 3) of the strand's own shape (flat waves for class 1, helices for 2 and 3) and its relief (N, P)."""
     n = len(points)
-    short = 0.82 if style.length in ("men", "women_short") else 1.0
-    wavelength = WAVELENGTH[style.curl] * short * (1 + 0.12 * rng.normal(size=guides)[owner] + 0.03 * rng.normal(size=n))
+    cropped = style.length in ("men", "women_short")
+    short = 0.82 if cropped else 1.0
+    wavelength = (
+        WAVELENGTH[style.curl]
+        * (SHORT_WAVE[style.curl] if cropped else 1.0)
+        * (1 + 0.12 * rng.normal(size=guides)[owner] + 0.03 * rng.normal(size=n))
+    )
     amplitude = AMPLITUDE[style.curl] * short * rng.uniform(0.8, 1.2, n)
     coherent = 3.0 * root[:, 0] + 2.0 * root[:, 1]
     own = rng.uniform(0, 2 * np.pi, guides)[owner]
-    loose = rng.normal(0, (1.5, 0.35, 0.45, 0.9)[style.curl], n)
+    loose = rng.normal(0, (1.5, 0.25, 0.30, 1.1)[style.curl], n)
     phase = (coherent + 0.5 * np.sin(own) if style.curl == 1 else own) + loose
     tangent = np.gradient(points, axis=1)
     tangent /= np.maximum(np.linalg.norm(tangent, axis=2, keepdims=True), 1e-6)
@@ -273,4 +315,6 @@ def _curl(points: Array, arc: Array, root: Array, owner: NDArray[np.int64], guid
     start = (0.2, 0.15, 0.08, 0.04)[style.curl] * short
     grown = amplitude[:, None] * (1 - np.exp(-((arc / start) ** 2) * 0.5))
     flat = 0.35 if style.curl <= 1 else 1.0
-    return ((grown * np.sin(angle))[..., None] * across + (grown * flat * (1 + np.cos(angle)))[..., None] * out).astype(np.float32)
+    bend = (grown * np.sin(angle))[..., None] * across + (grown * flat * (1 + np.cos(angle)))[..., None] * out
+    relief = np.cos(angle) * (grown / amplitude[:, None]) * (0.0, 0.7, 1.0, 1.0)[style.curl]
+    return bend.astype(np.float32), relief.astype(np.float32)

@@ -13,7 +13,6 @@ from .camera import Array, Camera, Hits, lookup, trace
 from .traits import Identity
 
 ROWS, COLUMNS = 256, 512
-_BOUND = 1.5
 
 
 @dataclass(frozen=True)
@@ -43,9 +42,9 @@ class HeadSurface:
     def trace(self, camera: Camera, top: int, left: int, height: int, width: int) -> Hits:
         """The visible surface in a window of the frame."""
         rays = camera.rays(top, left, height, width)
-        room = _BOUND**2 - (rays * rays).sum(axis=2)
+        room = float(self.radius.max()) ** 2 - (rays * rays).sum(axis=2)
         near = np.sqrt(np.maximum(room, 0))
-        return trace(rays, camera.rotation[2], near, -near, self.distance, steps=22, eps=0.25 / camera.scale)
+        return trace(rays, camera.rotation[2], near, -near, self.distance, steps=34, eps=0.25 / camera.scale)
 
 
 def _table_coordinates(points: Array) -> tuple[Array, Array]:
@@ -72,20 +71,20 @@ def _ellipsoids(who: Identity) -> list[tuple[Vec, Vec, float]]:
     wings = 0.10 * who.nose_width
     mouth = -0.67 * lg + who.mouth_height
     lips = who.lip_thickness
-    chin_z = 0.50 + who.chin_forward
+    chin_z = 0.46 + who.chin_forward
     return [
         ((0, 0.27, -0.08), (0.77 * w, 0.86 * who.cranium_height, 0.98), 1),
         ((0, 0.36, 0.28 - who.forehead_slope), (0.60 * w, 0.55, 0.56), 1),
         ((0, -0.05, -0.5), (0.56, 0.52, 0.46), 1),
         ((0, -0.26, 0.20), (0.61 * w, 0.80 * lg, 0.64), 1),
         ((0, -0.60 * lg, 0.14), (0.53 * w * jaw, 0.38, 0.50), 1),
-        ((0, -0.92 * lg, chin_z), (0.23 * who.chin_size, 0.20, 0.24), 1),
+        ((0, -0.88 * lg, chin_z), (0.27 * who.chin_size, 0.24, 0.25), 0.7),
         ((-0.40 * w, -0.20, 0.46), (0.20, 0.22, 0.24 * who.cheekbones), 1),
         ((0.40 * w, -0.20, 0.46), (0.20, 0.22, 0.24 * who.cheekbones), 1),
         ((-0.22, 0.19 + who.brow_height, 0.60), (0.24, 0.11, 0.255), 1),
         ((0.22, 0.19 + who.brow_height, 0.60), (0.24, 0.11, 0.255), 1),
         ((0, nose_tip * 0.35, 0.76 + 0.5 * who.nose_forward), (0.085, 0.34, 0.10 + 0.06 * who.nose_bridge), 2.2),
-        ((0, nose_tip, 0.88 + who.nose_forward), (0.115 * who.nose_width, 0.10, 0.165), 2.6),
+        ((0, nose_tip, 0.85 + who.nose_forward), (0.12 * who.nose_width, 0.115, 0.135), 1.3),
         ((-wings, nose_tip - 0.02, 0.79), (0.085, 0.075, 0.115), 2.6),
         ((wings, nose_tip - 0.02, 0.79), (0.085, 0.075, 0.115), 2.6),
         ((0, mouth + 0.05, 0.71), (0.21 * who.mouth_width, 0.06 * lips, 0.15), 2.2),
@@ -132,7 +131,7 @@ def _carve(radius: Array, d: Array, who: Identity) -> Array:
     mouth = -0.67 * who.face_length + who.mouth_height
     line = np.exp(-((x / (0.2 * who.mouth_width)) ** 2) - ((y - mouth) / 0.018) ** 2)
     groove = np.exp(-((x / 0.16) ** 2) - ((y - mouth + 0.15) / 0.05) ** 2)
-    return (radius - front * (0.022 * line + 0.02 * groove)).astype(np.float32)
+    return (radius - front * (0.022 * line + 0.010 * groove)).astype(np.float32)
 
 
 def _normals(points: Array) -> Array:
@@ -155,15 +154,21 @@ def scalp_margin(who: Identity, points: Array) -> Array:
     return (lat - line).astype(np.float32)
 
 
-def ear_hits(who: Identity, camera: Camera, side: int, top: int, left: int, height: int, width: int) -> tuple[Hits, NDArray[np.float32], Array]:
+def ear_centre(who: Identity, side: int) -> Array:
+    """(3,) middle of one ear (side -1: image-left in a frontal view)."""
+    return np.array([side * 0.735 * who.face_width, -0.12, -0.10], np.float32)
+
+
+def ear_hits(
+    who: Identity, camera: Camera, side: int, top: int, left: int, height: int, width: int
+) -> tuple[Hits, NDArray[np.float32], Array]:
     """One ear (side -1: image-left in a frontal view) as a tilted flat ellipsoid: hits, normals and its own (u, v) coordinates."""
     size = who.ear_size
     axes = np.array([0.055, 0.31 * size, 0.185 * size], np.float32)
     outward = np.array([side * np.cos(who.ear_out), 0.0, np.sin(who.ear_out)], np.float32)
     frame = np.stack([outward, np.array([0, np.cos(0.14), np.sin(-0.14)], np.float32), np.zeros(3, np.float32)])
     frame[2] = np.cross(frame[0], frame[1])
-    centre = np.array([side * 0.755 * who.face_width, -0.12, -0.10], np.float32)
-    local = (camera.rays(top, left, height, width) - centre) @ frame.T / axes
+    local = (camera.rays(top, left, height, width) - ear_centre(who, side)) @ frame.T / axes
     towards = frame @ camera.rotation[2] / axes
     a = float(towards @ towards)
     b = local @ towards
@@ -172,6 +177,6 @@ def ear_hits(who: Identity, camera: Camera, side: int, top: int, left: int, heig
     surface = local + depth[..., None] * towards
     normal = (surface / axes) @ frame
     normal /= np.maximum(np.linalg.norm(normal, axis=2, keepdims=True), 1e-9)
-    gap = np.clip(-root * float(axes.min()), 0, 1).astype(np.float32)
+    gap = np.clip(-root * (0.1 / a), 0, 1).astype(np.float32)
     point = camera.rays(top, left, height, width) + depth[..., None] * camera.rotation[2]
     return Hits(point, depth, gap), normal.astype(np.float32), surface[..., 1:]

@@ -25,10 +25,10 @@ from backend.demo.traits import HAIR_COLOURS
 DEMO: dict[str, int] = {"heads": 36, "views": 6, "size": 512, "seed": 20}
 BENCH: dict[str, int] = {"heads": 300, "views": 12, "size": 512, "seed": 21}
 
-FIRST_IDENTITY = 100_000  # identities of the sets; the miniature weights are trained on others, below this
+FIRST_IDENTITY = 100_000  # identities of the sets; the miniature weights are trained on others (training_data)
 HEAD_SPACING = 20  # running folder indices between heads: Stage 0 takes neighbours within 16 for one client
-INTACT_EVERY, BEFORE_EVERY = 4, 6  # every fourth head keeps its face, every sixth has photos from before the cut
-YAWS = (0, 28, -28, 62, -85, 180, 14, -14, 45, -48, 115, -140)
+INTACT_EVERY, BEFORE_EVERY = 4, 7  # every fourth head keeps its face, every seventh has photos from before the cut
+YAWS = (0, 28, -28, 180, 62, -85, 14, -14, 45, -48, 115, -140)
 PREFIXES = ("CP", "JS", "JSS", "DS", "DSS", "MN", "AP")
 _HAIR, _FACE_PARTS = 13, (2, 4, 5, 6, 7, 10, 11, 12)
 
@@ -36,7 +36,9 @@ _LENGTH = {"men": "남자", "women_short": "여숏", "bob": "단발", "medium": 
 _CURL = (("X",), ("J", "C", "CC"), ("S", "SC", "CS"), ("SS", "S3"))
 _NATURAL_CURL = ("생머리", "반곱슬", "곱슬", "강곱슬")
 _WIDTH = ("얇음", "보통", "굵음")
-_COLOUR = dict(zip(HAIR_COLOURS, ("블랙", "자연갈색", "적갈색", "황갈색", "애쉬브라운", "핑크브라운", "옴브레", "투톤", "기타"), strict=True))
+_COLOUR = dict(
+    zip(HAIR_COLOURS, ("블랙", "자연갈색", "적갈색", "황갈색", "애쉬브라운", "핑크브라운", "옴브레", "투톤", "기타"), strict=True)
+)
 _BANGS = {"none": "해당없음", "see_through": "시스루", "full": "풀뱅", "side_swept": "살짝 넘긴스타일", "choppy": "처피뱅"}
 _BASESTYLE = {  # by length: straight, then permed
     "men": ((6, "댄디"), (18, "쉐도우")), "women_short": ((24, "여자일반숏"), (17, "숏단발")), "bob": ((14, "보브"), (15, "빌드")),
@@ -97,7 +99,9 @@ def write_khairstyle(
     shots = [shot for number, source in enumerate(sources) for shot in _shots(source, number, views, size, seed)]
     truth: dict[str, Any] = {}
     workers = min(len(os.sched_getaffinity(0)), 8)
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=cv2.setNumThreads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(
+        workers, mp_context=multiprocessing.get_context("spawn"), initializer=cv2.setNumThreads, initargs=(1,)
+    ) as pool:
         for done, (shot, (photo, label)) in enumerate(zip(shots, pool.map(shoot, shots, chunksize=2), strict=True), 1):
             suffix = ".JPG" if oddities and done % 23 == 5 else ".jpeg" if oddities and done % 31 == 7 else ".jpg"
             _file(images, labels, shot, photo, label, suffix)
@@ -120,8 +124,11 @@ def _sources(heads: int, seed: int) -> Iterator[Source]:
         colour = list(HAIR_COLOURS)[(head * 5 + head // 9) % len(HAIR_COLOURS)]
         length = _length(rng, identity.sex)
         hair = sample_hairstyle(rng, curl=head % 4, volume=head // 4 % 3, colour=colour, length=length, tied=False)
-        before = sample_hairstyle(rng, curl=(head + 2) % 4, volume=hair.volume, length=length, tied=False) if head % BEFORE_EVERY == 3 else None
-        yield _source(head, seed, identity.seed, hair, before, intact=head % INTACT_EVERY == 1)
+        before = (
+            sample_hairstyle(rng, curl=(head + 2) % 4, volume=hair.volume, length=length, tied=False) if head % BEFORE_EVERY == 3 else None
+        )
+        intact = (head + head // 4) % INTACT_EVERY == 1  # shifted from row to row: every curl class has intact faces
+        yield _source(head, seed, identity.seed, hair, before, intact=intact)
 
 
 def _length(rng: np.random.Generator, sex: str) -> str:

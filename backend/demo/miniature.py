@@ -114,7 +114,9 @@ def write_parser(folder: Path, model: Any) -> None:
     from backend.demo.architectures import PARSER_SIDE
 
     _save(model, folder / "face-parsing")
-    SegformerImageProcessor(size={"height": PARSER_SIDE, "width": PARSER_SIDE}, do_reduce_labels=False).save_pretrained(folder / "face-parsing")
+    SegformerImageProcessor(size={"height": PARSER_SIDE, "width": PARSER_SIDE}, do_reduce_labels=False).save_pretrained(
+        folder / "face-parsing"
+    )
 
 
 def write_perceptual(folder: Path, features: nn.Sequential) -> None:
@@ -122,7 +124,9 @@ def write_perceptual(folder: Path, features: nn.Sequential) -> None:
     from backend.demo.networks import lpips_heads
 
     metadata = {"format": "pt"}
-    artifacts.save_tensors(folder / "vgg16/model.safetensors", {f"features.{k}": v.half() for k, v in features.state_dict().items()}, metadata)
+    artifacts.save_tensors(
+        folder / "vgg16/model.safetensors", {f"features.{k}": v.half() for k, v in features.state_dict().items()}, metadata
+    )
     artifacts.save_tensors(folder / "vgg16/lpips_heads.safetensors", lpips_heads(), metadata)
 
 
@@ -225,7 +229,8 @@ def write_pipeline_index(folder: Path) -> None:
     }
     artifacts.write_json(
         folder / _SDXL / "model_index.json",
-        {"_class_name": "StableDiffusionXLInpaintPipeline", "force_zeros_for_empty_prompt": True, "requires_aesthetics_score": False} | classes,
+        {"_class_name": "StableDiffusionXLInpaintPipeline", "force_zeros_for_empty_prompt": True, "requires_aesthetics_score": False}
+        | classes,
     )
 
 

@@ -47,7 +47,7 @@ def to_onnx(net: nn.Module, shape: tuple[int | str, int, int, int], outputs: Seq
     ``shape`` is the float32 input's (B, C, h, w), where B may be a name for any batch size; ``outputs`` are the names and shapes of what
     ``net`` returns, in order. Raises NotImplementedError for an operation that is not among those translated here.
     """
-    traced = fx.symbolic_trace(_folded(net))
+    traced = fx.symbolic_trace(folded(net))
     graph, names = _Graph(), {}
     results: list[str] = []
     for node in traced.graph.nodes:
@@ -73,11 +73,16 @@ def to_onnx(net: nn.Module, shape: tuple[int | str, int, int, int], outputs: Seq
     return bytes(model.SerializeToString(deterministic=True))
 
 
-def _folded(net: nn.Module) -> nn.Module:
+def folded(net: nn.Module) -> nn.Module:
     """A copy in evaluation mode in which every conv, batch norm, activation triple has its norm folded into the convolution."""
     net = copy.deepcopy(net).float().cpu().eval()
     for module in net.modules():
-        if isinstance(module, nn.Sequential) and len(module) > 1 and isinstance(module[0], nn.Conv2d) and isinstance(module[1], nn.BatchNorm2d):
+        if (
+            isinstance(module, nn.Sequential)
+            and len(module) > 1
+            and isinstance(module[0], nn.Conv2d)
+            and isinstance(module[1], nn.BatchNorm2d)
+        ):
             module[0] = nn.utils.fusion.fuse_conv_bn_eval(module[0], module[1])
             module[1] = nn.Identity()
     return net
@@ -107,14 +112,21 @@ def _conv(graph: _Graph, name: str, source: str, conv: nn.Conv2d) -> str:
     weights = [graph.weight(f"{name}.weight", conv.weight), graph.weight(f"{name}.bias", conv.bias)]
     (kernel, _), (stride, _), (padding, _) = conv.kernel_size, conv.stride, conv.padding  # type: ignore[misc]
     return graph.add(
-        "Conv", [source, *weights], name, kernel_shape=[kernel, kernel], strides=[stride, stride], pads=[int(padding)] * 4, group=conv.groups
+        "Conv",
+        [source, *weights],
+        name,
+        kernel_shape=[kernel, kernel],
+        strides=[stride, stride],
+        pads=[int(padding)] * 4,
+        group=conv.groups,
     )
 
 
 def _double(graph: _Graph, name: str, inputs: list[str]) -> str:
     scales = graph.constant(f"{name}.scales", np.array([1, 1, 2, 2], dtype=np.float32))
-    return graph.add("Resize", [inputs[0], "", scales], name, mode="nearest", coordinate_transformation_mode="asymmetric", nearest_mode="floor")
-
+    return graph.add(
+        "Resize", [inputs[0], "", scales], name, mode="nearest", coordinate_transformation_mode="asymmetric", nearest_mode="floor"
+    )
 
 
 _FUNCTIONS: dict[Any, Callable[[_Graph, str, list[str]], str]] = {

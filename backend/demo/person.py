@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, floor
 
 import cv2
@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .body import BodySurface, body_surface, cloth_folds, garment_cover
-from .camera import Array, Camera, Hits
+from .camera import Array, Camera
 from .face import eye_centre, paint_face
-from .head import ear_hits, head_surface, scalp_margin
+from .head import ear_centre, ear_hits, head_surface, scalp_margin
 from .strands import light_in_person
 from .traits import Hairstyle, Identity, Scene
 
@@ -51,8 +51,11 @@ class _Layers:
         """Blend a window over what is there, wherever it is nearer."""
         here = self.depth[window]
         visible = cover * (depth >= here - 1e-3)
-        self.rgb[window] += visible[..., None] * (rgb - self.rgb[window])
-        self.cover[window] = np.maximum(self.cover[window], visible)
+        below = self.cover[window] * (1 - visible)
+        total = below + visible
+        share = (visible / np.maximum(total, 1e-6))[..., None]
+        self.rgb[window] += share * (rgb - self.rgb[window])
+        self.cover[window] = total
         solid = visible > 0.5
         self.depth[window] = np.where(solid, depth, here)
         self.classes[window] = np.where(solid, classes, self.classes[window])
@@ -70,7 +73,7 @@ def render_person(who: Identity, style: Hairstyle, scene: Scene, camera: Camera,
     _neck_shadow(layers, camera, size)
     face_pixels = _head(layers, head_cover, window, who, style, scene, camera, seed)
     for side in (-1, 1):
-        _ear(layers, window, who, scene, camera, side)
+        _ear(layers, who, scene, camera, side)
     box, points = _face_truth(who, camera, face_pixels)
     return Person(layers.rgb, layers.cover, layers.depth, layers.classes, head_cover, box, points)
 
@@ -104,7 +107,14 @@ def _skin_colour(albedo: Array, gloss: Array, normal: Array, cavity: Array, scen
 
 
 def _head(
-    layers: _Layers, head_cover: Array, window: tuple[slice, slice], who: Identity, style: Hairstyle, scene: Scene, camera: Camera, seed: int
+    layers: _Layers,
+    head_cover: Array,
+    window: tuple[slice, slice],
+    who: Identity,
+    style: Hairstyle,
+    scene: Scene,
+    camera: Camera,
+    seed: int,
 ) -> tuple[Array, Array]:
     """Draw the bare head with cropped hair on the scalp; returns the face's pixel coordinates and their surface points."""
     surface = head_surface(who)
@@ -138,8 +148,13 @@ def _paint_scale(scale: float) -> float:
     return float(max(48, 16 * round(scale * 1.15 / 16)))
 
 
-def _ear(layers: _Layers, window: tuple[slice, slice], who: Identity, scene: Scene, camera: Camera, side: int) -> None:
+def _ear(layers: _Layers, who: Identity, scene: Scene, camera: Camera, side: int) -> None:
+    at = camera.project(ear_centre(who, side))
+    near = replace(camera, centre=(float(at[0]), float(at[1])))
+    window = _window(near, len(layers.cover), -0.4, 0.4, -0.4, 0.4)
     rows, columns = window
+    if rows.start >= rows.stop or columns.start >= columns.stop:
+        return
     hits, normal, own = ear_hits(who, camera, side, rows.start, columns.start, rows.stop - rows.start, columns.stop - columns.start)
     cover = (hits.gap == 0).astype(np.float32)
     index = np.flatnonzero(cover > 0)
@@ -148,8 +163,8 @@ def _ear(layers: _Layers, window: tuple[slice, slice], who: Identity, scene: Sce
     u, v = own.reshape(-1, 2)[index].T
     inner = np.exp(-(((u - 0.02) / 0.45) ** 2) - (((v * side) / 0.42) ** 2))
     ridge = np.exp(-(((np.sqrt(u * u + v * v) - 0.66) / 0.12) ** 2))
-    skin = np.asarray(who.skin, np.float32) * np.array([1.0, 0.88, 0.85], np.float32)
-    albedo = skin * (1 - 0.40 * inner - 0.18 * ridge)[:, None]
+    skin = np.asarray(who.skin, np.float32) * np.array([1.0, 0.92, 0.89], np.float32)
+    albedo = skin * (1 - 0.30 * inner - 0.16 * ridge)[:, None]
     rgb = np.zeros((cover.size, 3), np.float32)
     flat = np.zeros(index.size, np.float32)
     rgb[index] = _skin_colour(albedo, flat, normal.reshape(-1, 3)[index], flat + 0.95, scene, camera)
@@ -225,7 +240,13 @@ def _face_truth(who: Identity, camera: Camera, face: tuple[Array, Array]) -> tup
     surface = head_surface(who)
     mouth_y = -0.67 * who.face_length + who.mouth_height
     half = 0.255 * who.mouth_width
-    flat = [(*eye_centre(who, -1), 1.0), (*eye_centre(who, 1), 1.0), (0.0, -0.36 * who.nose_length, 1.0), (-half, mouth_y, 1.0), (half, mouth_y, 1.0)]
+    flat = [
+        (*eye_centre(who, -1), 1.0),
+        (*eye_centre(who, 1), 1.0),
+        (0.0, -0.36 * who.nose_length, 1.0),
+        (-half, mouth_y, 1.0),
+        (half, mouth_y, 1.0),
+    ]
     points = np.array([_onto(surface, np.array(p, np.float32)) for p in flat], np.float32)
     landmarks = camera.project(points)[:, :2]
     for a, b in ((0, 1), (3, 4)):

@@ -16,7 +16,7 @@ from .camera import Array, Camera
 from .hair import grow
 from .person import Person, render_person
 from .scene import backdrop, finish
-from .strands import Pieces, cut, draw_layer, shade
+from .strands import Pieces, close_gaps, cut, draw_layer
 from .traits import HAIR_COLOURS, Hairstyle, Identity, Scene, sample_hairstyle, sample_identity, sample_scene
 
 __all__ = [
@@ -62,12 +62,12 @@ def render(identity: Identity, hairstyle: Hairstyle, scene: Scene, yaw: float, s
     strands = grow(identity, hairstyle, scene.garment, seed, _detail(size))
     camera = Camera(yaw, _PITCH[scene.camera], scale, ((0.5 + scene.shift) * work, 0.0))
     projected = camera.project(strands.points)
-    rise = 0.02 * work - float(np.percentile(projected[..., 1], 0.3))
+    rise = 0.016 * work - float(projected[..., 1].min())
     projected[..., 1] += rise
     camera = replace(camera, centre=(camera.centre[0], rise))
     person = render_person(identity, hairstyle, scene, camera, work, seed)
     run = _run_length(hairstyle)
-    pieces = cut(strands, projected, shade(strands, hairstyle, scene, camera, run), person.depth, run)
+    pieces = cut(strands, projected, hairstyle, scene, camera, person.depth, run)
     image, hair = _compose(person, pieces, hairstyle, scene, camera, work, seed)
     parsing = np.where(hair, np.uint8(HAIR), person.classes)
     if work != size:
@@ -119,8 +119,7 @@ def _smooth(mask: NDArray[np.bool_], scale: float) -> NDArray[np.bool_]:
     """Drop specks and gaps thinner than a lock, as an annotator's polygon does."""
     reach = max(1, round(0.025 * scale))
     kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * reach + 1, 2 * reach + 1))
-    closed = cv2.morphologyEx(mask.astype(np.uint8), cv2.MORPH_CLOSE, kernel)
-    return cv2.morphologyEx(closed, cv2.MORPH_OPEN, kernel) > 0
+    return cv2.morphologyEx(close_gaps(mask.astype(np.uint8), reach), cv2.MORPH_OPEN, kernel) > 0
 
 
 def blur_face(image: NDArray[np.uint8], ring: Array) -> NDArray[np.uint8]:

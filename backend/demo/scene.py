@@ -27,7 +27,7 @@ def backdrop(scene: Scene, size: int, seed: int) -> NDArray[np.uint8]:
         if scene.background == "salon":
             small = _salon(small.astype(np.float32), rng)
     large = cv2.resize(small.astype(np.float32), (size, size), interpolation=cv2.INTER_CUBIC)
-    return np.clip(large * (0.72 + 0.33 * scene.strength), 0, 255).astype(np.uint8)
+    return np.clip(large * (0.78 + 0.33 * scene.strength), 0, 255).astype(np.uint8)
 
 
 def _salon(wall: Array, rng: np.random.Generator) -> Array:

@@ -10,12 +10,14 @@ import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.nn import functional as F
 
 from backend.demo import architectures
 from backend.demo.portraits import HAIR, blur_face
 from backend.demo.training_data import Photo, face_ring, head_crop
+from backend.training.models.perceptual import load_perceptual
 from backend.training.training_face import FaceAnalyzer
+from backend.tryon import conditioning
+from backend.tryon.segmentation import HairParser
 from backend.weights import folder
 
 
@@ -63,34 +65,20 @@ def detector(weights: Path, photos: Iterable[Photo]) -> dict[str, Any]:
 
 
 def parser(weights: Path, photos: Iterable[Photo], side: int = 128) -> dict[str, Any]:
-    """Hair IoU and face IoU (skin and all features) on head crops of ``side`` px, and the mean over photos of hair IoU."""
-    from transformers import SegformerForSemanticSegmentation, SegformerImageProcessor
-
-    source = folder(weights, "face_parser")
-    model = SegformerForSemanticSegmentation.from_pretrained(source, local_files_only=True, dtype=torch.float32).eval()
-    processor = SegformerImageProcessor.from_pretrained(source, local_files_only=True)
-    hair_id = next(index for index, name in model.config.id2label.items() if name == "hair")
-    hair, face = np.zeros(2), np.zeros(2)
-    each = []
+    """Hair IoU on head crops of ``side`` px: over all pixels, and the mean and the lowest of the photos."""
+    net = HairParser(weights, device=torch.device("cpu"))
+    pairs = []
     for photo in photos:
         image, truth = head_crop(photo, photo.square(), side)
-        with torch.no_grad():
-            logits = model(**processor(image, return_tensors="pt")).logits
-        labels = F.interpolate(logits, size=(side, side), mode="bilinear", align_corners=False).argmax(1)[0].numpy()
-        pair = _areas(labels == hair_id, truth == hair_id)
-        hair += pair
-        each.append(pair[0] / max(pair[1], 1))
-        face += _areas((labels >= 1) & (labels <= 12), (truth >= 1) & (truth <= 12))
+        found = net.hair(image) > 0
+        pairs.append([(found & (truth == HAIR)).sum(), (found | (truth == HAIR)).sum()])
+    shared, joined = np.array(pairs, dtype=np.float64).T
     return {
-        "hair_iou": round(hair[0] / hair[1], 4),
-        "hair_iou_photo_mean": round(float(np.mean(each)), 4),
-        "face_iou": round(face[0] / face[1], 4),
-        "photos": len(each),
+        "hair_iou": round(float(shared.sum() / joined.sum()), 4),
+        "hair_iou_photo_mean": round(float((shared / joined).mean()), 4),
+        "hair_iou_worst": round(float((shared / joined).min()), 4),
+        "photos": len(pairs),
     }
-
-
-def _areas(found: NDArray[np.bool_], truth: NDArray[np.bool_]) -> NDArray[np.float64]:
-    return np.array([(found & truth).sum(), (found | truth).sum()], dtype=np.float64)
 
 
 def identity(weights: Path, photos: Iterable[Photo], *, max_yaw: float = 45.0) -> dict[str, Any]:
@@ -120,23 +108,23 @@ def identity(weights: Path, photos: Iterable[Photo], *, max_yaw: float = 45.0) -
 
 
 def vae(weights: Path, photos: Iterable[Photo]) -> dict[str, Any]:
-    """PSNR of reconstructed head crops at 128 px in dB, over the whole picture and inside the hair (means over photos)."""
-    from diffusers import AutoencoderKL
+    """PSNR of reconstructed head crops at 128 px in dB: means over photos, of the whole picture and of the hair.
 
-    model = AutoencoderKL.from_pretrained(folder(weights, "inpainting") / "vae", local_files_only=True).eval()
+    With it mean and standard deviation of the scaled latents, which diffusion wants near 0 and 1.
+    """
+    model = conditioning.load_vae(folder(weights, "inpainting"), device=torch.device("cpu"), dtype=torch.float32)
     whole, hair, latents = [], [], []
     for photo in photos:
         image, parsing = head_crop(photo, photo.square(), architectures.IMAGE_SIDE)
-        tensor = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float().div(127.5).sub(1)
         with torch.no_grad():
-            mean = model.encode(tensor).latent_dist.mode()
-            decoded = model.decode(mean).sample
+            mean, _ = conditioning.encode_latents(model, conditioning.to_tensor([image]))
+            decoded = conditioning.to_pictures(conditioning.decode_latents(model, mean))[0]
         latents.append(mean)
-        error = ((decoded.clamp(-1, 1) - tensor) / 2).square().mean(1)[0].numpy()
+        error = np.square((decoded.astype(np.float64) - image) / 255).mean(axis=2)
         whole.append(-10 * np.log10(error.mean()))
         if (parsing == HAIR).any():
             hair.append(-10 * np.log10(error[parsing == HAIR].mean()))
-    scaled = torch.cat(latents) * model.config.scaling_factor
+    scaled = torch.cat(latents)
     return {
         "psnr": round(float(np.mean(whole)), 3),
         "psnr_worst": round(float(np.min(whole)), 3),
@@ -148,40 +136,47 @@ def vae(weights: Path, photos: Iterable[Photo]) -> dict[str, Any]:
 
 
 def perceptual(weights: Path, photos: Sequence[Photo]) -> dict[str, Any]:
-    """Whether the distance orders what it should: a photo is nearer to its slightly changed self than to its strongly changed self,
-    to the same hairstyle than to another one's (share of correct orders; 0.5 is chance)."""
-    from safetensors.torch import load_file
+    """What the distance (0 the same, 2 at most) says of a softened head crop and of another person's, as means over photos.
 
-    from backend.demo.networks import vgg_features
-    from backend.demo.train_pictures import normalised
-
-    source = folder(weights, "perceptual")
-    features = vgg_features().eval()
-    features.load_state_dict({key.removeprefix("features."): value for key, value in load_file(source / "model.safetensors").items()})
-    heads = [load_file(source / "lpips_heads.safetensors")[f"lin{k}.model.1.weight"] for k in range(5)]
+    ``order_of_blur``: share of photos of which a slight softening is nearer than a strong one.
+    """
+    net, _ = load_perceptual(weights)
     crops = [head_crop(photo, photo.square(), architectures.IMAGE_SIDE)[0] for photo in photos]
-    blurred = [[cv2.GaussianBlur(image, (0, 0), sigma) for image in crops] for sigma in (0.7, 2.0)]
+    sharp, slight, strong = (
+        conditioning.to_tensor(pictures)
+        for pictures in (crops, *([cv2.GaussianBlur(image, (0, 0), sigma) for image in crops] for sigma in (0.7, 2.0)))
+    )
     with torch.no_grad():
-        layers = [_unit_layers(features, normalised(images)) for images in (crops, *blurred)]
-        near, far = (_distance(layers[0], other, heads) for other in layers[1:])
-        order = list(range(1, len(crops))) + [0]
-        other = _distance(layers[0], [layer[order] for layer in layers[0]], heads)
-    return {"order_of_blur": round(float((near < far).float().mean()), 4), "mean_distance": {"blur_0.7": _r(near), "blur_2": _r(far), "other_photo": _r(other)}}
+        near, far, other = net.lpips(sharp, slight), net.lpips(sharp, strong), net.lpips(sharp, sharp.roll(1, 0))
+    return {
+        "order_of_blur": round(float((near < far).float().mean()), 4),
+        "distance_blur_0.7": round(float(near.mean()), 4),
+        "distance_blur_2.0": round(float(far.mean()), 4),
+        "distance_other_photo": round(float(other.mean()), 4),
+        "photos": len(crops),
+    }
 
 
-def _r(values: torch.Tensor) -> float:
-    return round(float(values.mean()), 4)
+def text(weights: Path, photos: Sequence[Photo]) -> dict[str, Any]:
+    """How far prompts lie apart: cosine of the pooled vectors of all pairs of single choices (1 would be indistinguishable)."""
+    from backend.training.data_processing.prompts import choices, prompt_from_choice
+
+    prompts = [prompt_from_choice(**{kind: choice}) for kind, offered in choices().items() for choice in offered]
+    encoders = conditioning.TextEncoders(folder(weights, "inpainting"), device=torch.device("cpu"), dtype=torch.float32)
+    pooled = torch.nn.functional.normalize(encoders.encode(prompts)[1])
+    cosine = (pooled @ pooled.T)[~torch.eye(len(prompts), dtype=torch.bool)]
+    return {"prompts": len(prompts), "cosine_mean": round(float(cosine.mean()), 4), "cosine_max": round(float(cosine.max()), 4)}
 
 
-def _unit_layers(features: torch.nn.Sequential, images: torch.Tensor) -> list[torch.Tensor]:
-    """The outputs of the five blocks' last ReLU, each position scaled to unit length."""
-    layers = []
-    for k, module in enumerate(features):
-        images = module(images)
-        if k in (3, 8, 15, 22, 29):
-            layers.append(F.normalize(images, dim=1, eps=1e-10))
-    return layers
+def unet(weights: Path, photos: Sequence[Photo]) -> dict[str, Any]:
+    """Mean squared error of the predicted noise at timesteps 100, 300, ..., 900 on held-out head crops with the hair to fill, for the
+    true prompt and for another photo's."""
+    from backend.demo.train_diffusion import noise_errors
 
-
-def _distance(first: list[torch.Tensor], second: list[torch.Tensor], heads: list[torch.Tensor]) -> torch.Tensor:
-    return sum(((a - b).square() * head).sum(1).mean((1, 2)) for a, b, head in zip(first, second, heads, strict=True))  # type: ignore[return-value]
+    errors, shuffled = noise_errors(weights, photos)
+    return {
+        "noise_mse": round(float(errors.mean()), 4),
+        "noise_mse_at": {str(t): round(float(v), 4) for t, v in zip(range(100, 1000, 200), errors, strict=True)},
+        "noise_mse_other_prompt": round(float(shuffled.mean()), 4),
+        "photos": len(photos),
+    }

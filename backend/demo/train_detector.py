@@ -18,13 +18,13 @@ from torch.nn import functional as F
 
 from backend.demo import miniature, train_loop
 from backend.demo.networks import DETECTOR_SIDE, DETECTOR_STRIDES, DFL_BINS, FaceDetectorNet
+from backend.demo.portraits import blur_face
 from backend.demo.training_data import Photo, Photos, face_ring, jittered, relight
 from backend.imaging import crop
-from backend.demo.portraits import blur_face
 from backend.training import keyed
 
-SCHEDULE = train_loop.Schedule(steps=1000, batch_size=8, lr=2e-3, warmup=50, average=0.99, save_every=250)
-PHOTOS = 1536
+SCHEDULE = train_loop.Schedule(steps=500, batch_size=8, lr=2e-3, warmup=50, average=0.98, save_every=50)
+PHOTOS = 640
 _SIZES = {8: (0, 64), 16: (44, 190), 32: (150, 10_000)}
 """Longer side of the faces, in pixels of the 640 input, that each stride learns; neighbours overlap."""
 _REACH = 1.0  # cells whose centre lies this many strides from the face's centre are faces
@@ -50,11 +50,13 @@ def train(place: train_loop.Workplace) -> dict[str, Any]:
         rng = keyed.numpy_generator(place.seed, "detector", step)
         canvases = [draw_canvas(photos, rng) for _ in range(SCHEDULE.batch_size)]
         images = torch.from_numpy(np.stack([canvas.image for canvas in canvases])).permute(0, 3, 1, 2)
-        return detection_loss(net(images.float().div(255).contiguous(memory_format=torch.channels_last)), canvases)
+        with torch.autocast("cpu", torch.bfloat16):  # three times as fast as float32 where the CPU has AVX512-BF16
+            outputs = net(images.float().div(255).contiguous(memory_format=torch.channels_last))
+        return detection_loss(outputs, canvases)
 
     loss = train_loop.fit("detector", net, loss_of, SCHEDULE, place)
     miniature.write_detector(place.weights, net)
-    return {"steps": SCHEDULE.steps, "loss": round(loss, 4), "scores": {}}
+    return {"steps": SCHEDULE.steps, "loss": round(loss, 4), "photos": PHOTOS}
 
 
 # ---- pictures ------------------------------------------------------------------
@@ -68,7 +70,9 @@ def draw_canvas(photos: Photos, rng: np.random.Generator) -> Canvas:
     for k in range(tiles):
         width, height = (640, 640) if tiles == 1 else (320, 640) if tiles == 2 else (320, 320)
         picture, box, points = _region(photos[int(rng.integers(len(photos)))], width / height if tiles == 2 else None, rng)
-        scale = min(width / picture.shape[1], height / picture.shape[0]) * (1.0 if tiles > 1 else float(rng.choice([1.0, rng.uniform(0.4, 1.0)])))
+        scale = min(width / picture.shape[1], height / picture.shape[0]) * (
+            1.0 if tiles > 1 else float(rng.choice([1.0, rng.uniform(0.4, 1.0)]))
+        )
         size = int(picture.shape[1] * scale), int(picture.shape[0] * scale)
         origin = np.array([(k % 2) * 320 + (width - size[0]) // 2, (k // 2) * 320 + (height - size[1]) // 2])
         resized = cv2.resize(picture, size, interpolation=cv2.INTER_LINEAR)
@@ -88,7 +92,7 @@ def _region(
         image = blur_face(image, face_ring(box))
     frame = crop.Square(0, 0, image.shape[0])
     how = rng.random()
-    if how < 0.4 or box is None and how > 0.75:
+    if how < 0.4 or (box is None and how > 0.75):
         square = jittered(frame, rng, (0.8, 1.05), 0.06)
     elif how < 0.75:
         square = jittered(photo.square(), rng, (0.75, 1.5), 0.1)
@@ -103,7 +107,7 @@ def _region(
     if keep < 1:
         picture, origin = picture[:, margin : picture.shape[1] - margin], origin + np.array([margin, 0], np.float32)
     elif keep > 1:
-        picture, origin = picture[: picture.shape[0] - 2 * margin], origin
+        picture = picture[: picture.shape[0] - 2 * margin]
     if box is None or points is None:
         return picture, None, None
     box, points = box - np.tile(origin, 2), points - origin
@@ -136,7 +140,7 @@ def detection_loss(outputs: tuple[Tensor, ...], canvases: list[Canvas]) -> Tenso
     total = torch.zeros(())
     hits = 0
     parts = []
-    for level, (output, stride) in enumerate(zip(outputs, DETECTOR_STRIDES, strict=True)):
+    for output, stride in zip(outputs, DETECTOR_STRIDES, strict=True):
         cells = output.float().permute(0, 2, 3, 1)  # (B, h, w, 80)
         owner, counted = _assign(canvases, stride, cells.shape[1])
         positive = owner >= 0
@@ -144,7 +148,6 @@ def detection_loss(outputs: tuple[Tensor, ...], canvases: list[Canvas]) -> Tenso
         parts.append(_focal(cells[..., 4 * DFL_BINS], positive)[counted].sum())
         if positive.any():
             parts.append(_face_terms(cells[positive], positive, owner[positive], canvases, stride).sum())
-        del level
     for part in parts:
         total = total + part
     return total / max(hits, 1)
@@ -188,7 +191,9 @@ def _face_terms(cells: Tensor, positive: Tensor, owner: Tensor, canvases: list[C
     below = wanted.floor().long()
     share = wanted - below
     entropy = -F.log_softmax(logits, dim=-1)
-    distribution = (entropy.gather(2, below[..., None])[..., 0] * (1 - share) + entropy.gather(2, below[..., None] + 1)[..., 0] * share).mean(1)
+    distribution = (
+        entropy.gather(2, below[..., None])[..., 0] * (1 - share) + entropy.gather(2, below[..., None] + 1)[..., 0] * share
+    ).mean(1)
     distances = (logits.softmax(-1) * torch.arange(DFL_BINS)).sum(-1)
     landmarks = cells[:, 4 * DFL_BINS + 1 :].reshape(-1, 5, 3)
     placed = landmarks[..., :2] * 2.0 + (centre - 0.5)[:, None]

@@ -17,8 +17,8 @@ from backend.demo.networks import IDENTITY_SIDE, IDENTITY_WIDTH, IdentityNet
 from backend.demo.training_data import Photo, Photos, relight
 from backend.training import keyed
 
-SCHEDULE = train_loop.Schedule(steps=1600, batch_size=64, lr=1.5e-3, warmup=100, weight_decay=5e-2, average=0.995, save_every=500)
-PHOTOS = 3072
+SCHEDULE = train_loop.Schedule(steps=1000, batch_size=64, lr=1.5e-3, warmup=100, weight_decay=5e-2, average=0.995, save_every=100)
+PHOTOS = 1536
 MAX_YAW = 60.0
 MARGIN, SCALE = 0.3, 24.0
 

@@ -62,7 +62,9 @@ def fit(name: str, net: nn.Module, loss_of: Callable[[int], Tensor], schedule: S
         late = time.monotonic() > place.deadline
         if step > first and (step == schedule.steps or step % schedule.save_every == 0 or late):
             _save(name, step, net, optimizer, names, average, smooth, place.checkpoints)
-            logger.info("%s step %d/%d loss %.4f, %.2f s/step", name, step, schedule.steps, smooth, (time.monotonic() - began) / (step - first))
+            logger.info(
+                "%s step %d/%d loss %.4f, %.2f s/step", name, step, schedule.steps, smooth, (time.monotonic() - began) / (step - first)
+            )
         if step == schedule.steps:
             break
         if late:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,12 +17,16 @@ from backend.demo.training_data import Photo, Photos, face_ring, head_crop, jitt
 from backend.imaging import bald, crop
 from backend.training import keyed
 
-PHOTOS = 3072
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+PHOTOS = 640
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-PARSER = train_loop.Schedule(steps=1500, batch_size=12, lr=1.5e-3, warmup=100, average=0.99, save_every=250)
-PERCEPTUAL = train_loop.Schedule(steps=1500, batch_size=32, lr=2e-3, warmup=100, average=0.99, save_every=250)
-VAE = train_loop.Schedule(steps=1800, batch_size=16, lr=2e-3, warmup=100, weight_decay=1e-3, average=0.99, save_every=100)
+PARSER = train_loop.Schedule(steps=800, batch_size=12, lr=1.5e-3, warmup=50, average=0.98, save_every=100)
+PERCEPTUAL = train_loop.Schedule(steps=600, batch_size=32, lr=2e-3, warmup=50, average=0.98, save_every=100)
+VAE = train_loop.Schedule(steps=1200, batch_size=16, lr=2e-3, warmup=100, weight_decay=1e-3, average=0.99, save_every=100)
 KL_WEIGHT = 1e-6
+SDXL_SCALING = 0.13025
 _ATTRIBUTES = {"curl": 4, "volume": 3, "length": 5, "colour": 9, "bangs": 5}
 
 
@@ -68,7 +72,14 @@ def _parser_sample(photo: Photo, rng: np.random.Generator) -> tuple[NDArray[np.u
 def _mirror_table() -> NDArray[np.uint8]:
     """Class ids after mirroring: left and right change places."""
     names = list(architectures.FACE_PARTS)
-    swapped = [name.replace("l_", "r_", 1) if name.startswith("l_") and name != "l_lip" else name.replace("r_", "l_", 1) if name.startswith("r_") else name for name in names]
+    swapped = [
+        name.replace("l_", "r_", 1)
+        if name.startswith("l_") and name != "l_lip"
+        else name.replace("r_", "l_", 1)
+        if name.startswith("r_")
+        else name
+        for name in names
+    ]
     return np.array([names.index(name) for name in swapped], np.uint8)
 
 
@@ -143,7 +154,7 @@ def _attribute_sample(photo: Photo, rng: np.random.Generator) -> tuple[NDArray[n
 
 
 def train_vae(place: train_loop.Workplace) -> dict[str, Any]:
-    """AutoencoderKL on head crops, by L1 on pixels and on their differences; no adversary. Sets ``scaling_factor`` to 1 / std."""
+    """AutoencoderKL on head crops, by L1 on pixels and on their differences; no adversary."""
     photos = Photos(place.cache, "train", PHOTOS, workers=place.workers)
     model = architectures.vae().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -159,9 +170,27 @@ def train_vae(place: train_loop.Workplace) -> dict[str, Any]:
     rng = keyed.numpy_generator(place.seed, "vae-scale")
     with torch.no_grad():
         latents = torch.cat([model.encode(autoencoder_batch(photos, rng, 32)).latent_dist.mean for _ in range(8)])
-    model.register_to_config(scaling_factor=round(float(1 / latents.std()), 5))
+    standardise(model, latents.mean((0, 2, 3)), latents.std((0, 2, 3)))
     miniature.write_diffusion(place.weights, "vae", model)
-    return {"steps": VAE.steps, "loss": round(loss, 4), "latent_mean": [round(float(v), 4) for v in latents.mean((0, 2, 3))]}
+    return {"steps": VAE.steps, "loss": round(loss, 4)}
+
+
+@torch.no_grad()
+def standardise(model: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
+    """Moves and scales the latent channels without changing what is decoded: mean 0 and standard deviation 1 / SDXL's factor.
+
+    mean, std (4,): of the latents as they are. The change goes into the 1x1 convolutions on both sides of the latents, so that
+    ``scaling_factor`` 0.13025 brings every channel to unit variance: the noise schedule takes that for granted.
+    """
+    factor = 1 / (SDXL_SCALING * std)
+    before, after = model.quant_conv, model.post_quant_conv
+    count = len(std)
+    after.bias += after.weight[:, :, 0, 0] @ mean
+    after.weight /= factor.view(1, -1, 1, 1)
+    before.weight[:count] *= factor.view(-1, 1, 1, 1)
+    before.bias[:count] = (before.bias[:count] - mean) * factor
+    before.bias[count:] += 2 * factor.log()  # the log variance of the posterior
+    model.register_to_config(scaling_factor=SDXL_SCALING)
 
 
 def autoencoder_batch(photos: Photos, rng: np.random.Generator, count: int) -> Tensor:

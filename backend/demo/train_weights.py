@@ -22,7 +22,7 @@ from backend.demo.train_loop import OutOfTime, Workplace
 from backend.demo.training_data import HELD_OUT_HEADS, TRAIN_HEADS, Photos, renderer_version
 
 logger = logging.getLogger(__name__)
-HELD_OUT_PHOTOS = 160
+HELD_OUT_PHOTOS = 128
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,8 @@ TRAINERS: dict[str, Trainer] = {
     "identity": Trainer("backend.demo.train_identity:train", "identity"),
     "vae": Trainer("backend.demo.train_pictures:train_vae", "vae"),
     "perceptual": Trainer("backend.demo.train_pictures:train_perceptual", "perceptual"),
+    "text": Trainer("backend.demo.train_diffusion:train_text", "text"),
+    "unet": Trainer("backend.demo.train_diffusion:train_unet", "unet"),
 }
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Rendered photos to train the miniature parts from: planned by number, rendered once, kept in a temporary folder.
 
-Identity seeds of this module: TRAIN_HEADS and HELD_OUT_HEADS. The miniature sets of ``khairstyle_set`` draw theirs below
-1,000,000, so no head of the demo or the bench set has been seen here.
+Identity seeds of this module: TRAIN_HEADS and HELD_OUT_HEADS. The miniature sets of ``khairstyle_set`` draw theirs from
+100,000 on and below 1,000,000, so no head of the demo or the bench set has been seen here.
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ class Photo:
 
     def square(self) -> crop.Square:
         """The head square of the product."""
-        return crop.head_square(crop.mask_box(self.hair()), None if self.box is None else tuple(map(float, self.box)))  # type: ignore[arg-type]
+        return crop.head_square(
+            crop.mask_box(self.hair()), None if self.box is None else tuple(map(float, self.box)), self.image.shape[1::-1]
+        )  # type: ignore[arg-type]
 
     def hair(self) -> NDArray[np.uint8]:
         """The hair mask, (S, S) uint8 0/255."""

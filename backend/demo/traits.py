@@ -213,8 +213,8 @@ def sample_scene(rng: np.random.Generator, **fixed: Any) -> Scene:
     garment_colours = CAPE_COLOURS if cape else CLOTH_COLOURS
     wall = np.array([rng.uniform(90, 235)] * 3) + rng.normal(0, 9, 3)
     drawn: dict[str, Any] = dict(
-        light=tuple(float(v) for v in light), strength=float(rng.uniform(0.62, 0.9)), warmth=float(rng.uniform(-0.05, 0.09)),
-        ambient=float(rng.uniform(0.34, 0.5)), background=["plain", "gradient", "salon"][rng.choice(3, p=[0.25, 0.3, 0.45])],
+        light=tuple(float(v) for v in light), strength=float(rng.uniform(0.56, 0.80)), warmth=float(rng.uniform(-0.05, 0.09)),
+        ambient=float(rng.uniform(0.34, 0.46)), background=["plain", "gradient", "salon"][rng.choice(3, p=[0.25, 0.3, 0.45])],
         backdrop=(_tint(rng, tuple(wall), 3.0), _tint(rng, tuple(wall * rng.uniform(0.55, 0.95)), 8.0)),
         garment="cape" if cape else ["round", "vneck", "collar"][int(rng.integers(3))],
         garment_rgb=_tint(rng, garment_colours[int(rng.integers(len(garment_colours)))], 6.0),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -35,7 +36,7 @@ def learn_merges(words: Iterable[str]) -> list[tuple[str, str]]:
     """Merges in order until every word is a single token: the most frequent neighbouring pair first, ties by the alphabet."""
     pieces = [[*word[:-1], word[-1] + WORD_END] for word in sorted(set(words)) if word]
     merges = []
-    while counts := Counter(pair for word in pieces for pair in zip(word, word[1:], strict=False)):
+    while counts := Counter(pair for word in pieces for pair in itertools.pairwise(word)):
         best = min(counts, key=lambda pair: (-counts[pair], pair))
         merges.append(best)
         pieces = [_merged(word, best) for word in pieces]

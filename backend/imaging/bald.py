@@ -21,7 +21,9 @@ WORK_SIDE = 256  # the fill is computed at this side at most, px
 STRAY_MARGIN = 0.012  # strays beside the mask are kept out of what the fill is made from, share of the side
 
 
-def remove_hair(image: NDArray[np.uint8], region: NDArray[np.uint8], face_box: Box | None, method: Method = "two_part") -> NDArray[np.uint8]:
+def remove_hair(
+    image: NDArray[np.uint8], region: NDArray[np.uint8], face_box: Box | None, method: Method = "two_part"
+) -> NDArray[np.uint8]:
     """The crop with ``region`` filled; every pixel outside ``region`` is the input's own.
 
     image: (S, S, 3) uint8 RGB. region: (S, S) uint8 0/255, the hair or a larger edit region. face_box: in the crop's pixels or None.
@@ -35,7 +37,9 @@ def remove_hair(image: NDArray[np.uint8], region: NDArray[np.uint8], face_box: B
     scale = work / side
     face = None if face_box is None else tuple(v * scale for v in face_box)
     fill = _two_part(small, hole, face) if method == "two_part" else _opencv(small, hole, method)
-    return np.where(region[..., None] > 0, cv2.resize(fill, (side, side), interpolation=cv2.INTER_CUBIC), image).astype(np.uint8, copy=False)
+    return np.where(region[..., None] > 0, cv2.resize(fill, (side, side), interpolation=cv2.INTER_CUBIC), image).astype(
+        np.uint8, copy=False
+    )
 
 
 def _any_coverage(mask: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
@@ -83,7 +87,12 @@ def push_pull(image: NDArray[np.uint8], known: NDArray[np.uint8]) -> NDArray[np.
     while min(levels[-1][0].shape[:2]) > 1:
         colour, share = levels[-1]
         size = ((colour.shape[1] + 1) // 2, (colour.shape[0] + 1) // 2)
-        levels.append((cv2.resize(colour, size, interpolation=cv2.INTER_AREA), cv2.resize(share, size, interpolation=cv2.INTER_AREA).reshape(*size[::-1], 1)))
+        levels.append(
+            (
+                cv2.resize(colour, size, interpolation=cv2.INTER_AREA),
+                cv2.resize(share, size, interpolation=cv2.INTER_AREA).reshape(*size[::-1], 1),
+            )
+        )
     colour, share = levels[-1]
     filled = colour.reshape(share.shape[0], share.shape[1], 3) / np.maximum(share, 1e-6)
     for colour, share in reversed(levels[:-1]):

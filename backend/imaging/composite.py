@@ -33,7 +33,9 @@ def feathered(region: NDArray[np.uint8], width: float) -> NDArray[np.float32]:
     return np.where(region > 0, np.where(soft < 1e-3, 0.0, soft), 0.0).astype(np.float32)
 
 
-def paste_back(original: NDArray[np.uint8], generated: NDArray[np.uint8], region: NDArray[np.uint8], square: Square, feather: float) -> Pasted:
+def paste_back(
+    original: NDArray[np.uint8], generated: NDArray[np.uint8], region: NDArray[np.uint8], square: Square, feather: float
+) -> Pasted:
     """Lays a generated head crop over the upload.
 
     original: (H, W, 3) uint8 RGB. generated: (S, S, 3) uint8, the crop of ``square`` at the model's resolution. region: (S, S) uint8

@@ -57,10 +57,11 @@ def rings_box(rings: list[NDArray[np.float64]] | tuple[NDArray[np.float64], ...]
     return (float(x0), float(y0), float(x1), float(y1))
 
 
-def head_square(hair_box: Box | None, face_box: Box | None) -> Square:
+def head_square(hair_box: Box | None, face_box: Box | None, frame: tuple[int, int]) -> Square:
     """The square around hair and face. Without a face (a back view) it follows the hair alone.
 
-    Raises ValueError when both are None.
+    frame: the photo's (width, height); a square that fits is moved inside it, so that little has to be made up beyond the edge (heads
+    often touch the upper one). Raises ValueError when both boxes are None.
     """
     box = union(hair_box, face_box)
     if box is None:
@@ -68,8 +69,14 @@ def head_square(hair_box: Box | None, face_box: Box | None) -> Square:
     extent = max(box[2] - box[0], box[3] - box[1])
     face = max(face_box[2] - face_box[0], face_box[3] - face_box[1]) if face_box else 0.0
     side = max(HAIR_MARGIN * extent, FACE_SHARE * face, 8.0)
-    centre = (box[0] + box[2]) / 2
-    return Square(round(centre - side / 2), round(box[1] - TOP_MARGIN * side), round(side))
+    whole = round(side)
+    left, top = round((box[0] + box[2]) / 2 - side / 2), round(box[1] - TOP_MARGIN * side)
+    return Square(_inside(left, whole, frame[0]), _inside(top, whole, frame[1]), whole)
+
+
+def _inside(start: int, side: int, limit: int) -> int:
+    """The nearest start at which a side of that length lies within 0..limit; the start as it is where it cannot."""
+    return start if side > limit else min(max(start, 0), limit - side)
 
 
 def crop_square(image: NDArray[np.uint8], square: Square) -> NDArray[np.uint8]:

@@ -75,7 +75,11 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
             code="too_many_pixels",
         )
     if min(width, height) < MIN_SIDE:
-        raise ImageError(f"the picture is {width} x {height} pixels, at least {MIN_SIDE} a side are needed", hint="send a larger version", code="too_small")
+        raise ImageError(
+            f"the picture is {width} x {height} pixels, at least {MIN_SIDE} a side are needed",
+            hint="send a larger version",
+            code="too_small",
+        )
     return picture
 
 
@@ -133,4 +137,6 @@ def read_png(path: Path) -> NDArray[np.uint8]:
             picture.load()
             return np.asarray(picture)
     except (OSError, ValueError, SyntaxError) as error:
-        raise ImageError(f"{path} cannot be read: {error}", hint="run 'deephair prepare' again; it rewrites what is damaged", code="truncated") from error
+        raise ImageError(
+            f"{path} cannot be read: {error}", hint="run 'deephair prepare' again; it rewrites what is damaged", code="truncated"
+        ) from error

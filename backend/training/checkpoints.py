@@ -162,9 +162,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[torch.Ten
     return flat
 
 
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer, names: Mapping[torch.Tensor, str], tensors: Mapping[str, torch.Tensor]
-) -> None:
+def restore_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[torch.Tensor, str], tensors: Mapping[str, torch.Tensor]) -> None:
     """Puts back what ``optimizer_tensors`` took, on each parameter's device. Raises InvalidArtifactError for an unknown parameter."""
     parameters = {name: parameter for parameter, name in names.items()}
     counters_beside = {p for group in optimizer.param_groups if group.get("fused") or group.get("capturable") for p in group["params"]}

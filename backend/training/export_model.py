@@ -57,7 +57,9 @@ def verb(arguments: console.StageArguments) -> int:
     """``deephair export``: exit code 0 when the model was deployed, 1 when the gate refused it."""
     config = with_force(arguments.config, getattr(arguments.rest, "force", ""))
     if arguments.dry_run:
-        console.print_result({"checkpoint": newest_checkpoint(config).name, "target": str(config.paths.bundle), "gate": config.gate.profile})
+        console.print_result(
+            {"checkpoint": newest_checkpoint(config).name, "target": str(config.paths.bundle), "gate": config.gate.profile}
+        )
         return console.DONE
     summary = export(config, resume=arguments.resume)
     if arguments.json:
@@ -92,7 +94,8 @@ def _painter_to_measure(config: Config) -> tuple[Any, str]:
     if config.paths.bundle.is_file():
         return Painter.of_bundle(load_bundle(config.paths.bundle), config), config.paths.bundle.name
     raise MissingInputError(
-        f"neither a checkpoint in {config.paths.checkpoints} nor a deployed model at {config.paths.bundle}", hint="run 'deephair train' first"
+        f"neither a checkpoint in {config.paths.checkpoints} nor a deployed model at {config.paths.bundle}",
+        hint="run 'deephair train' first",
     )
 
 
@@ -187,7 +190,7 @@ def _export(config: Config, digest: str) -> dict[str, Any]:
     painter = Painter(model, encoder, config)
     evaluation = Evaluator(config, painter).run()
     gate = decide(evaluation.figures, config.gate)
-    stages = {stage: results.read(config, stage) for stage in ("prepare", "texture", "train")}
+    stages = {"prepare": results.read(config, "prepare"), "texture": _texture_result(config), "train": results.read(config, "train")}
     environment = results.environment(config)
     header = _header(config, checkpoint.header, evaluation.figures, gate, environment)
     candidate = config.paths.models / f".candidate.safetensors{artifacts.TMP_SUFFIX}"
@@ -209,6 +212,16 @@ def _export(config: Config, digest: str) -> dict[str, Any]:
     export_report.write(config, summary, evaluation)
     artifacts.write_json(config.paths.report / "summary.json", summary)  # last: it says that the rest is there
     return summary
+
+
+def _texture_result(config: Config) -> dict[str, Any]:
+    """What Stage 1 measured of itself; its metrics file is its own record."""
+    from backend.training.train_texture import METRICS, summary
+
+    keys = ("seconds", "curl_balanced_accuracy", "volume_balanced_accuracy")
+    path = config.paths.checkpoints / METRICS
+    found = summary(artifacts.read_json(path), skipped=True) if path.is_file() else {}
+    return {key: found.get(key) for key in keys}
 
 
 def _rebuilt(checkpoint: checkpoints.Checkpoint) -> Any:

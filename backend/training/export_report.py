@@ -85,7 +85,11 @@ def _figures(figures: dict[str, Any]) -> str:
         ["largest change outside the mask (must be 0)", figures["outside_max_abs_diff"], "", "", pairs + n],
     ]  # fmt: skip
     table = html.table(["figure", "ours", "baseline", "second baseline or ceiling", "samples"], rows)
-    return table + f'<p class="soft">Means with 95 % bootstrap intervals over {figures["heads"]} heads of the {figures["split"]} split; LPIPS backbone: {escape(figures["lpips_backbone"])}. {escape(figures["protocol"])}.</p>'
+    note = (
+        f"Means with 95 % bootstrap intervals over {figures['heads']} heads of the {figures['split']} split; "
+        f"LPIPS backbone: {figures['lpips_backbone']}. {figures['protocol']}."
+    )
+    return f'{table}<p class="soft">{escape(note)}</p>'
 
 
 def _shown(values: dict[str, Any], name: str) -> str:
@@ -106,7 +110,10 @@ def _row(result: Result, title: str) -> str:
 
 
 def _stages(stages: dict[str, dict[str, Any]]) -> str:
-    rows = [[name, *(_text(values.get("seconds")),), ", ".join(f"{k} {_text(v)}" for k, v in values.items() if k != "seconds")] for name, values in stages.items()]
+    rows = [
+        [name, *(_text(values.get("seconds")),), ", ".join(f"{k} {_text(v)}" for k, v in values.items() if k != "seconds")]
+        for name, values in stages.items()
+    ]
     return html.table(["stage", "seconds", "what it says"], rows, numeric=False)
 
 

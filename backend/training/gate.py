@@ -44,7 +44,9 @@ def _evidence(figures: dict[str, Any]) -> list[str]:
     if figures["outside_max_abs_diff"] != 0:
         reasons.append(f"pixels outside the mask changed by up to {figures['outside_max_abs_diff']}")
     for name in ("no_op", "shuffled_reference"):
-        reasons += _not_below(figures, figures["baselines"][name], "hair_color_delta_e", f"hair colour difference (CIEDE2000) against {name}")
+        reasons += _not_below(
+            figures, figures["baselines"][name], "hair_color_delta_e", f"hair colour difference (CIEDE2000) against {name}"
+        )
     bald = figures["baselines"]["bald"]
     reasons += _not_below(figures, bald, "lpips", "reconstruction LPIPS against the bald image")
     reasons += _not_below(bald, figures, "masked_psnr", "reconstruction PSNR: the bald image's against ours")
@@ -55,4 +57,6 @@ def _not_below(lower: dict[str, Any], upper: dict[str, Any], name: str, what: st
     ours, theirs = lower[f"{name}_ci"], upper[f"{name}_ci"]
     if ours[1] < theirs[0]:
         return []
-    return [f"{what}: {lower[name]:.3f} [{ours[0]:.3f}, {ours[1]:.3f}] is not clearly below {upper[name]:.3f} [{theirs[0]:.3f}, {theirs[1]:.3f}]"]
+    return [
+        f"{what}: {lower[name]:.3f} [{ours[0]:.3f}, {ours[1]:.3f}] is not clearly below {upper[name]:.3f} [{theirs[0]:.3f}, {theirs[1]:.3f}]"
+    ]

@@ -13,16 +13,32 @@ from numpy.typing import NDArray
 _STYLE = """
 :root{color-scheme:light dark;--ink:#1c1b19;--soft:#6a665f;--page:#faf8f5;--card:#fff;--line:#e4dfd7;--good:#1c6b45;--bad:#a3322b;--accent:#8a4b2a}
 @media(prefers-color-scheme:dark){:root{--ink:#ece8e1;--soft:#a8a299;--page:#171614;--card:#211f1c;--line:#3a3732;--good:#6ccf9b;--bad:#f08f86;--accent:#e0a27c}}
-*{box-sizing:border-box}body{margin:0;background:var(--page);color:var(--ink);font:16px/1.55 system-ui,"Segoe UI",Roboto,sans-serif}
-main{max-width:1120px;margin:0 auto;padding:2rem 1rem 4rem}h1{font-size:1.9rem;margin:0 0 .3rem}h2{margin:2.4rem 0 .6rem;font-size:1.3rem}
-p{margin:.4rem 0;max-width:75ch}.soft{color:var(--soft)}.good{color:var(--good)}.bad{color:var(--bad)}a{color:var(--accent)}
+*{box-sizing:border-box}
+body{margin:0;background:var(--page);color:var(--ink);font:16px/1.55 system-ui,"Segoe UI",Roboto,sans-serif}
+main{max-width:1120px;margin:0 auto;padding:2rem 1rem 4rem}
+h1{font-size:1.9rem;margin:0 0 .3rem}
+h2{margin:2.4rem 0 .6rem;font-size:1.3rem}
+p{margin:.4rem 0;max-width:75ch}
+.soft{color:var(--soft)}
+.good{color:var(--good)}
+.bad{color:var(--bad)}
+a{color:var(--accent)}
 .verdict{border:1px solid var(--line);border-left:6px solid var(--soft);background:var(--card);padding:1rem 1.2rem;border-radius:8px;margin:1rem 0}
-.verdict.good{border-left-color:var(--good);color:inherit}.verdict.bad{border-left-color:var(--bad);color:inherit}
-.scroll{overflow-x:auto}table{border-collapse:collapse;width:100%;background:var(--card);font-variant-numeric:tabular-nums}
-th,td{border-bottom:1px solid var(--line);padding:.4rem .7rem;text-align:left;vertical-align:top}th{font-weight:600}td.n,th.n{text-align:right}
-figure{margin:0}img{display:block;max-width:100%;height:auto;border-radius:4px;image-rendering:auto}figcaption{font-size:.82rem;color:var(--soft);margin-top:.2rem}
-.row{display:grid;gap:.6rem;grid-template-columns:repeat(auto-fit,minmax(110px,1fr));margin:.6rem 0;padding:.7rem;background:var(--card);border:1px solid var(--line);border-radius:8px}
-details{margin:.8rem 0}summary{cursor:pointer}pre{overflow-x:auto;background:var(--card);border:1px solid var(--line);padding:.8rem;border-radius:8px;font-size:.82rem}
+.verdict.good{border-left-color:var(--good);color:inherit}
+.verdict.bad{border-left-color:var(--bad);color:inherit}
+.scroll{overflow-x:auto}
+table{border-collapse:collapse;width:100%;background:var(--card);font-variant-numeric:tabular-nums}
+th,td{border-bottom:1px solid var(--line);padding:.4rem .7rem;text-align:left;vertical-align:top}
+th{font-weight:600}
+td.n,th.n{text-align:right}
+figure{margin:0}
+img{display:block;max-width:100%;height:auto;border-radius:4px;image-rendering:auto}
+figcaption{font-size:.82rem;color:var(--soft);margin-top:.2rem}
+.row{display:grid;gap:.6rem;grid-template-columns:repeat(auto-fit,minmax(110px,1fr));margin:.6rem 0;
+padding:.7rem;background:var(--card);border:1px solid var(--line);border-radius:8px}
+details{margin:.8rem 0}
+summary{cursor:pointer}
+pre{overflow-x:auto;background:var(--card);border:1px solid var(--line);padding:.8rem;border-radius:8px;font-size:.82rem}
 """
 
 
@@ -31,14 +47,14 @@ def page(title: str, body: Sequence[str], *, lead: str = "") -> str:
     head = f"<h1>{escape(title)}</h1>" + (f'<p class="soft">{escape(lead)}</p>' if lead else "")
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
-        f'<title>{escape(title)}</title><style>{_STYLE}</style></head><body><main>{head}{"".join(body)}</main></body></html>\n'
+        f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body><main>{head}{''.join(body)}</main></body></html>\n"
     )
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, numeric: bool = True) -> str:
     """A table; all columns but the first are right-aligned when ``numeric``."""
     mark = ["", *[' class="n"' if numeric else ""] * (len(columns) - 1)]
-    head = "".join(f"<th{m} scope=\"col\">{escape(c)}</th>" for c, m in zip(columns, mark, strict=True))
+    head = "".join(f'<th{m} scope="col">{escape(c)}</th>' for c, m in zip(columns, mark, strict=True))
     lines = "".join("<tr>" + "".join(f"<td{m}>{escape(str(v))}</td>" for v, m in zip(row, mark, strict=True)) + "</tr>" for row in rows)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>'
 

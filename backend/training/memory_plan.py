@@ -38,7 +38,10 @@ def memory_plan(config: Config) -> dict[str, Any]:
     lines = [
         (f"weights, {count:,} parameters in {'bfloat16' if fused else 'float32'}", count * (2 if fused else 4) / GIB),
         ("gradients" + (" (freed inside the backward pass)" if fused else ""), 0.0 if fused else count * 4 / GIB),
-        ("optimizer: 8-bit momentum and factored second moment" if fused else "optimizer: AdamW in float32", _optimizer_bytes(sizes, fused) / GIB),
+        (
+            "optimizer: 8-bit momentum and factored second moment" if fused else "optimizer: AdamW in float32",
+            _optimizer_bytes(sizes, fused) / GIB,
+        ),
         (f"activations, batch {config.train.batch_size} at {config.data.resolution} px", activations),
         ("update in float32, one tensor at a time", TRANSIENT_GIB * unet_config["block_out_channels"][0] / SDXL_WIDTH if fused else 0.0),
         ("VAE (decoder of the texture loss and previews)", vae),
@@ -57,7 +60,9 @@ def memory_plan(config: Config) -> dict[str, Any]:
 def plan_text(plan: dict[str, Any]) -> str:
     """The plan as a small table."""
     rows = [f"  {line['gib']:8.3f} GiB  {line['name']}" for line in plan["lines"]]
-    return "\n".join([f"memory plan, preset {plan['preset']} ({plan['basis']}; estimated)", *rows, f"  {plan['total_gib']:8.3f} GiB  in all"])
+    return "\n".join(
+        [f"memory plan, preset {plan['preset']} ({plan['basis']}; estimated)", *rows, f"  {plan['total_gib']:8.3f} GiB  in all"]
+    )
 
 
 def _unet_config(config: Config) -> tuple[dict[str, Any], str]:
@@ -70,6 +75,4 @@ def _unet_config(config: Config) -> tuple[dict[str, Any], str]:
 def _optimizer_bytes(sizes: list[tuple[int, Any]], fused: bool) -> int:
     if not fused:
         return sum(8 * numel for numel, _ in sizes)
-    return sum(
-        numel + 4 * -(-numel // BLOCK) + 4 * (shape[0] + numel // shape[0] if len(shape) > 1 else numel) for numel, shape in sizes
-    )
+    return sum(numel + 4 * -(-numel // BLOCK) + 4 * (shape[0] + numel // shape[0] if len(shape) > 1 else numel) for numel, shape in sizes)

@@ -93,4 +93,3 @@ def mean_with_interval(values: Sequence[float], heads: Sequence[str], *, draws: 
     means = sums[picked].sum(axis=1) / counts[picked].sum(axis=1)
     low, high = np.percentile(means, [2.5, 97.5])
     return float(array.mean()), [float(low), float(high)]
-

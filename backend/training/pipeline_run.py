@@ -23,7 +23,7 @@ def run_stages(arguments: console.StageArguments) -> int:
         return console.DONE
     start = time.monotonic()
     outcome: dict[str, Any] = {}
-    for number, (name, stage) in enumerate(_stages(config, resume=arguments.resume)):
+    for number, (name, stage) in enumerate(stages(config, resume=arguments.resume)):
         if number >= first:
             with console.timed(f"stage {number} of 3: {name}"):
                 outcome[name] = stage()
@@ -34,7 +34,8 @@ def run_stages(arguments: console.StageArguments) -> int:
     return console.REJECTED_ITEMS if quarantined else console.DONE
 
 
-def _stages(config: Config, *, resume: bool) -> list[tuple[str, Callable[[], dict[str, Any]]]]:
+def stages(config: Config, *, resume: bool) -> list[tuple[str, Callable[[], dict[str, Any]]]]:
+    """The four stages by name, in order; each is called without arguments and returns its result."""
     return [
         ("prepare", lambda: prepare_dataset_deephair.prepare(config, resume=resume)),
         ("texture", lambda: _texture(config, resume=resume)),

@@ -30,7 +30,7 @@ from backend.training.training_face import DetectedFace, FaceAnalyzer, IdentityM
 
 logger = logging.getLogger(__name__)
 
-FOLDERS = ("bald_images", "hair_only_images", "hair_patches", "style_vectors", "identity_embeddings")
+STRAY_SHARE = 0.008  # growth of the label's polygon, share of the crop's side: hairs stand out of it, and would stay in the bald image
 
 PHOTO_REASONS: dict[str, str] = {
     "not_an_image": "The file is not a picture.",
@@ -115,13 +115,14 @@ def _accept(pair: Pair, settings: PhotoSettings, faces: FaceAnalyzer) -> dict[st
     face = _main_face(faces.detect(frame), label)
     face_box = face.box if face else crop.rings_box(label.face_rings)
     hair_box = crop.rings_box(label.hair_rings)
-    square = crop.head_square(_in_frame(hair_box, frame), face_box)
+    square = crop.head_square(_in_frame(hair_box, frame), face_box, (frame.shape[1], frame.shape[0]))
     native = crop.crop_square(frame, square)
     photo = crop.resize(native, settings.resolution)
     hair_rings = [square.scaled(ring, settings.resolution) for ring in label.hair_rings]
     face_rings = [square.scaled(ring, settings.resolution) for ring in label.face_rings]
-    hair = masks.rasterize(hair_rings, settings.resolution, settings.resolution)
-    share = float((hair > 0).mean())
+    outline = masks.rasterize(hair_rings, settings.resolution, settings.resolution)
+    hair = masks.grow(outline, STRAY_SHARE * settings.resolution)
+    share = float((outline > 0).mean())
     if share < settings.min_hair_fraction:
         raise PhotoRejected("too_little_hair", f"{share:.4f} of the head crop, at least {settings.min_hair_fraction} are wanted")
     box = square.scaled_box(face_box, settings.resolution) if face_box else None
@@ -193,9 +194,7 @@ def _write_images(
 
 
 def _write_patches(name: str, native: NDArray[np.uint8], hair: NDArray[np.uint8], settings: PhotoSettings) -> dict[str, Any]:
-    cut = patches.cut_patches(
-        native, hair, size=settings.patch_size, count=settings.patches_per_photo, min_hair=settings.patch_min_hair
-    )
+    cut = patches.cut_patches(native, hair, size=settings.patch_size, count=settings.patches_per_photo, min_hair=settings.patch_min_hair)
     files = [f"hair_patches/{name}_{number:03d}.png" for number in range(len(cut))]
     for file, patch in zip(files, cut, strict=True):
         write_png(settings.processed / file, patch.image, compression=1)
@@ -211,7 +210,9 @@ def _write_identity(
     height, width = frame.shape[:2]
     if face is None:
         return None
-    if label.face_rings and is_blurred(frame, masks.rasterize(label.face_rings, height, width), masks.rasterize(label.hair_rings, height, width)):
+    if label.face_rings and is_blurred(
+        frame, masks.rasterize(label.face_rings, height, width), masks.rasterize(label.hair_rings, height, width)
+    ):
         return None
     buffer = io.BytesIO()
     np.save(buffer, faces.embed(frame, face.landmarks), allow_pickle=False)

@@ -23,7 +23,9 @@ SHOWN_FIELDS = ("basestyle", "length", "curl", "hair-width", "bang", "color", "s
 SHOWN_PHOTOS = 16
 
 
-def write(processed: Path, counts: dict[str, int], accepted: list[dict[str, Any]], quarantine: list[dict[str, Any]], config: Config) -> None:
+def write(
+    processed: Path, counts: dict[str, int], accepted: list[dict[str, Any]], quarantine: list[dict[str, Any]], config: Config
+) -> None:
     """Writes both reports; their counts balance: accepted + quarantined = inputs."""
     reasons = Counter(row["reason"] for row in quarantine)
     report = {
@@ -73,8 +75,12 @@ def _page(processed: Path, report: dict[str, Any], accepted: list[dict[str, Any]
         parts.append(html.table([field, "photos"], list(values.items())))
     parts.append("<h2>Quarantine</h2>")
     known = {**REASONS, **PHOTO_REASONS}
-    parts.append(html.table(["reason", "meaning", "inputs"], [[r, known.get(r, ""), n] for r, n in report["reasons"].items()], numeric=False))
-    parts.append(html.details("first 200 quarantined inputs", "\n".join(f"{q['reason']}: {q['path']} ({q['detail']})" for q in quarantine[:200])))
+    parts.append(
+        html.table(["reason", "meaning", "inputs"], [[r, known.get(r, ""), n] for r, n in report["reasons"].items()], numeric=False)
+    )
+    parts.append(
+        html.details("first 200 quarantined inputs", "\n".join(f"{q['reason']}: {q['path']} ({q['detail']})" for q in quarantine[:200]))
+    )
     return html.page("Stage 0: prepared data", parts, lead="Counts that balance, attributes, and what the pictures look like.")
 
 

@@ -35,7 +35,9 @@ class Prepared:
     def __init__(self, folder: Path) -> None:
         metadata = folder / "metadata.jsonl"
         if not metadata.is_file():
-            raise MissingInputError(f"no prepared data at {folder}", hint="run 'deephair prepare' first, or point paths.processed at its output")
+            raise MissingInputError(
+                f"no prepared data at {folder}", hint="run 'deephair prepare' first, or point paths.processed at its output"
+            )
         self.folder = folder
         self.digest = artifacts.sha256_file(metadata)
         self._rows = artifacts.read_jsonl(metadata)

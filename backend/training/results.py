@@ -14,7 +14,6 @@ from backend.config import REPO_ROOT, Config
 
 _KEYS = {
     "prepare": ("seconds", "inputs", "accepted", "quarantined"),
-    "texture": ("seconds", "curl_balanced_accuracy", "volume_balanced_accuracy"),
     "train": ("seconds", "steps", "loss_first", "loss_last"),
 }
 

@@ -172,7 +172,9 @@ def build_prompts(config: Config, prompts: set[str], key: CacheKey, *, device: t
         progress = console.Progress("prompts", len(missing), unit="prompt")
         for prompt in missing:
             embeds, pooled = texts.encode([prompt])
-            artifacts.save_tensors(cache.path(prompt), {"prompt_embeds": embeds[0], "pooled": pooled[0]}, {"format": "deephair-prompt-1", "prompt": prompt})
+            artifacts.save_tensors(
+                cache.path(prompt), {"prompt_embeds": embeds[0], "pooled": pooled[0]}, {"format": "deephair-prompt-1", "prompt": prompt}
+            )
             progress.update()
     return cache
 

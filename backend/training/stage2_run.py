@@ -29,7 +29,7 @@ from backend.training.models.perceptual import load_perceptual
 from backend.training.models.stage2_unet import Conditions, HairInpaintingUNet, load_unet, time_ids, unet_config
 from backend.training.models.texture_encoder import load_texture_encoder
 from backend.training.prepared import Prepared, reference_candidates
-from backend.training.stage2_cache import CacheKey, LatentCache, PromptCache, build_latents, build_prompts
+from backend.training.stage2_cache import CacheKey, LatentCache, build_latents, build_prompts
 from backend.training.stage2_files import FORMAT, LATEST, PREFIX, log_path, log_rows, texture_encoder_path
 from backend.tryon import conditioning
 from backend.tryon.painter import device_and_dtype
@@ -109,7 +109,7 @@ class Stage2Run:
 
     def _build_optimizer(self) -> torch.optim.Optimizer | FusedFactoredAdam:
         train = self.config.train
-        rates = [
+        rates: list[tuple[str, Any, float]] = [
             (name, parameter, train.injector_lr if name.startswith("injector.") else train.lr) for parameter, name in self.names.items()
         ]
         if train.preset == "full-12gb":
@@ -201,10 +201,6 @@ class Stage2Run:
         noisy = (alpha.sqrt() * batch.photo + (1 - alpha).sqrt() * batch.noise).to(self.dtype)
         ids = time_ids(len(batch.ids), self.config.data.resolution).to(self.device, self.dtype)
         conditions = batch.conditions.to(self.device, self.dtype)
-        injector_dtype = next(self.model.injector.parameters()).dtype
-        if injector_dtype != self.dtype:  # a bf16 UNet keeps its small injector in float32
-            conditions = Conditions(conditions.text, conditions.pooled, conditions.style.to(injector_dtype), conditions.style_valid,
-                                    conditions.identity.to(injector_dtype), conditions.identity_valid)  # fmt: skip
         prediction = self.model(noisy, batch.mask.to(self.dtype), batch.bald.to(self.dtype), batch.timesteps, conditions, ids)
         return noisy.float(), prediction.float()
 
@@ -301,7 +297,9 @@ class Stage2Run:
         chosen = np.linspace(0, len(self.splits["val"].latents) - 1, count).round().astype(int)
         batch = self.batch("val", chosen, 0, 0)
         bald, photo = (conditioning.to_pictures(conditioning.decode_latents(self.vae, latents)) for latents in (batch.bald, batch.photo))
-        regions = [cv2.resize(m[0].cpu().numpy().astype(np.uint8) * 255, bald[0].shape[:2], interpolation=cv2.INTER_NEAREST) for m in batch.mask]
+        regions = [
+            cv2.resize(m[0].cpu().numpy().astype(np.uint8) * 255, bald[0].shape[:2], interpolation=cv2.INTER_NEAREST) for m in batch.mask
+        ]
         heads = [conditioning.HeadInput(region.astype(np.uint8), picture) for region, picture in zip(regions, bald, strict=True)]
         empty_text, empty_pooled = self.prompts.get("")
         sampler = Sampler(self.model.eval(), self.vae, self.schedule, empty_text[None], empty_pooled[None])
@@ -339,7 +337,11 @@ class Stage2Run:
 
     def _save(self, name: str) -> None:
         folder, config = self.config.paths.checkpoints, self.config
-        states = self.optimizer.tensors() if isinstance(self.optimizer, FusedFactoredAdam) else checkpoints.optimizer_tensors(self.optimizer, self.names)
+        states = (
+            self.optimizer.tensors()
+            if isinstance(self.optimizer, FusedFactoredAdam)
+            else checkpoints.optimizer_tensors(self.optimizer, self.names)
+        )
         header = {
             "format": FORMAT, "step": self.step, "run": self.digest, "config": config.resolved(), "unet_config": unet_config(self.model.unet),
             "style_tokens": config.train.style_tokens, "preset": config.train.preset, "weights": pretrained.describe(config.paths.weights),

@@ -56,7 +56,9 @@ class PatchTable:
 
     def spread(self, count: int) -> Ints:
         """At most ``count`` patch numbers, evenly spaced, so that every head keeps its share."""
-        return np.unique(np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(np.int64)) if len(self) else np.zeros(0, np.int64)
+        return (
+            np.unique(np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(np.int64)) if len(self) else np.zeros(0, np.int64)
+        )
 
 
 def read_patch_tables(processed: Path) -> dict[str, PatchTable]:

@@ -42,7 +42,9 @@ def hair_patches(config: Config, path: Path, side: int) -> Pictures:
     stored = read_png(path) if sniff(data) == "PNG" else None
     if stored is not None and stored.ndim == 3 and stored.shape[2] == 4:
         size, count = config.data.patch_size, config.data.patches_per_photo
-        patches = [p.image for p in cut_patches(stored[..., :3], stored[..., 3], size=size, count=count, min_hair=config.data.patch_min_hair)]
+        patches = [
+            p.image for p in cut_patches(stored[..., :3], stored[..., 3], size=size, count=count, min_hair=config.data.patch_min_hair)
+        ]
         if not patches:
             raise MissingInputError(f"{path} has no window that hair fills", hint="give a close-up of the hair instead", code="no_hair")
     else:

@@ -29,7 +29,11 @@ def write_report(
 ) -> None:
     """Writes the page. ``metrics`` is the content of stage1_metrics.json; without ``evidence`` (no validation patch) pictures are left out."""
     scores = metrics["metrics"]
-    body = [_headline(scores), *(_split_tables(split, scores[split]) for split in ("val", "test") if split in scores), _curve(metrics["history"])]
+    body = [
+        _headline(scores),
+        *(_split_tables(split, scores[split]) for split in ("val", "test") if split in scores),
+        _curve(metrics["history"]),
+    ]
     if evidence is not None:
         table = tables["val"]
         body += [_colour(scores["colour_probe"]), _map(evidence, table), _neighbours(evidence, tables, images)]
@@ -56,7 +60,9 @@ def _headline(scores: Mapping[str, Any]) -> str:
             chance = _share(1 / present if present else None)
             accuracy = _share(found["balanced_accuracy"])
             rows.append((f"{name}, {split}, by {unit}", accuracy, _interval(found), found["samples"], found["heads"], chance))
-    return "<h2>Balanced accuracy</h2>" + html.table(("what", "balanced accuracy", "95 % interval over heads", "samples", "heads", "chance"), rows)
+    return "<h2>Balanced accuracy</h2>" + html.table(
+        ("what", "balanced accuracy", "95 % interval over heads", "samples", "heads", "chance"), rows
+    )
 
 
 def _split_tables(split: str, scores: Mapping[str, Any]) -> str:
@@ -92,7 +98,9 @@ def _curve(history: list[list[float]]) -> str:
         paint = f"rgb{colour}"
         lines.append(f'<polyline fill="none" stroke="{paint}" stroke-width="1.5" points="{points}"/>')
         lines.append(f'<text x="{width - 90}" y="{18 * column}" fill="{paint}" font-size="13">{name}</text>')
-    return f'<h2>Losses</h2><svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="losses from 0 to {top:.2f}">{"".join(lines)}</svg>'
+    return (
+        f'<h2>Losses</h2><svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="losses from 0 to {top:.2f}">{"".join(lines)}</svg>'
+    )
 
 
 def _map(evidence: Evidence, table: PatchTable) -> str:
@@ -118,7 +126,9 @@ def _scatter(places: Floats, labels: Ints) -> NDArray[np.uint8]:
     return canvas
 
 
-def _neighbours(evidence: Evidence, tables: Mapping[str, PatchTable], images: Mapping[str, PatchImages], queries: int = 8, shown: int = 5) -> str:
+def _neighbours(
+    evidence: Evidence, tables: Mapping[str, PatchTable], images: Mapping[str, PatchImages], queries: int = 8, shown: int = 5
+) -> str:
     """Some validation patches and the training patches nearest to them by cosine."""
     unit = [e.pooled / np.maximum(np.linalg.norm(e.pooled, axis=1, keepdims=True), 1e-12) for e in (evidence.unseen, evidence.seen)]
     similarity = unit[0] @ unit[1].T

@@ -64,7 +64,9 @@ class Trainer:
 
     def __init__(self, config: TextureConfig, encoder: TextureEncoder, world: World) -> None:
         self.config, self.world = config, world
-        layout = torch.channels_last if world.device.type == "cuda" else torch.contiguous_format  # on CPUs channels_last was measured slower
+        layout = (
+            torch.channels_last if world.device.type == "cuda" else torch.contiguous_format
+        )  # on CPUs channels_last was measured slower
         self.encoder = encoder.to(world.device, memory_format=layout)  # type: ignore[call-overload]
         if world.size > 1 and world.device.type == "cuda":
             # Each card alone would normalise by its own share of the batch; so statistics are taken over all of it.

@@ -178,14 +178,18 @@ class Run:
         if self.world.rank == 0 and len(table):
             numbers = table.spread(VALIDATION_PATCHES)
             self.trainer.encoder.eval()
-            scores = score_split(predict_probabilities(self.trainer.encoder, self.images["val"], numbers), table, numbers, seed=self.texture.seed)
+            scores = score_split(
+                predict_probabilities(self.trainer.encoder, self.images["val"], numbers), table, numbers, seed=self.texture.seed
+            )
             self.trainer.encoder.train()
             found = headline(scores)
             value = -1.0 if found is None else found
         value = self._from_first(value)
         best = max((score for _, score in self.progress.validations), default=-1.0)
         self.progress.validations.append([self.progress.step, value])
-        logger.info("step %d: mean balanced accuracy on validation heads %s", self.progress.step, f"{value:.3f}" if value >= 0 else "unknown")
+        logger.info(
+            "step %d: mean balanced accuracy on validation heads %s", self.progress.step, f"{value:.3f}" if value >= 0 else "unknown"
+        )
         if self.texture.patience and value >= max(best, 0.0) and self.world.rank == 0:
             header = {"step": self.progress.step, "score": value, **self.identity.header()}
             artifacts.save_tensors(self.folder / BEST, self.trainer.encoder.state_dict(), header)
@@ -258,7 +262,12 @@ class Run:
 
 def summary(metrics: dict[str, Any], *, skipped: bool) -> dict[str, Any]:
     """What the stage returns and the final report quotes; the accuracies are those of validation heads, by photo."""
-    shown: dict[str, Any] = {"seconds": metrics["seconds"], "steps": metrics["steps"], "chosen_step": metrics["chosen_step"], "skipped": skipped}
+    shown: dict[str, Any] = {
+        "seconds": metrics["seconds"],
+        "steps": metrics["steps"],
+        "chosen_step": metrics["chosen_step"],
+        "skipped": skipped,
+    }
     for split in ("val", "test"):
         for name in ("curl", "volume"):
             scores = metrics["metrics"].get(split, {}).get(name, {}).get("photo", {})
@@ -312,18 +321,22 @@ def plan(config: Config) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line of Stage 1."""
+    return console.guarded(
+        lambda: verb(console.parse_stage_arguments(argv, "texture_encoder.py", "Stage 1: train the hair texture encoder"))
+    )
 
-    def action() -> int:
-        arguments = console.parse_stage_arguments(argv, "texture_encoder.py", "Stage 1: train the hair texture encoder")
-        if arguments.dry_run:
-            console.print_result(plan(arguments.config))
-            return console.DONE
-        result = train_texture(arguments.config, resume=arguments.resume)
-        if arguments.json:
-            console.print_result(result)
-        else:
-            shown = {name: f"{value:.3f}" if value is not None else "unknown" for name, value in result.items() if name.endswith("balanced_accuracy")}
-            logger.info("on heads never seen: %s", ", ".join(f"{name} {value}" for name, value in shown.items()))
+
+def verb(arguments: console.StageArguments) -> int:
+    """``deephair texture``."""
+    if arguments.dry_run:
+        console.print_result(plan(arguments.config))
         return console.DONE
-
-    return console.guarded(action)
+    result = train_texture(arguments.config, resume=arguments.resume)
+    if arguments.json:
+        console.print_result(result)
+    else:
+        shown = {
+            name: f"{value:.3f}" if value is not None else "unknown" for name, value in result.items() if name.endswith("balanced_accuracy")
+        }
+        logger.info("on heads never seen: %s", ", ".join(f"{name} {value}" for name, value in shown.items()))
+    return console.DONE

@@ -76,7 +76,9 @@ class TextEncoders:
         from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
         try:
-            self._tokenizers = [CLIPTokenizer.from_pretrained(inpainting / name, local_files_only=True) for name in ("tokenizer", "tokenizer_2")]
+            self._tokenizers = [
+                CLIPTokenizer.from_pretrained(inpainting / name, local_files_only=True) for name in ("tokenizer", "tokenizer_2")
+            ]
             self._encoders = [
                 kind.from_pretrained(inpainting / name, dtype=dtype, local_files_only=True, use_safetensors=True).to(device).eval()
                 for kind, name in ((CLIPTextModel, "text_encoder"), (CLIPTextModelWithProjection, "text_encoder_2"))

@@ -92,7 +92,8 @@ class Painter:
         tokens = self.sampler.model.injector.style_tokens
         grey = np.full((8, 8, 3), 127, np.uint8)
         styles = [
-            conditioning.style_features(self._encoder, [request.style if request.style is not None else grey], tokens) for request in requests
+            conditioning.style_features(self._encoder, [request.style if request.style is not None else grey], tokens)
+            for request in requests
         ]
         return Conditions(
             text=torch.cat([text for text, _ in texts]),

@@ -12,64 +12,21 @@ import torch
 from numpy.typing import NDArray
 
 from backend.config import Config
-from backend.errors import DeepHairError, MissingInputError
+from backend.errors import MissingInputError
 from backend.imaging import bald, composite, crop, patches
 from backend.training.data_processing.prompts import NEUTRAL_PROMPT
 from backend.training.models.bundle import load_bundle
 from backend.training.training_face import DetectedFace, FaceAnalyzer
 from backend.tryon.conditioning import head_input, to_pictures
 from backend.tryon.painter import Painter, PaintRequest, device_and_dtype
-from backend.tryon.sampling import Cancelled
 from backend.tryon.segmentation import HairParser
+from backend.tryon.values import Cancelled, FaceInfo, Preview, TryOnError, TryOnRequest, TryOnResult
 
 __all__ = ["Cancelled", "FaceInfo", "Preview", "TryOn", "TryOnError", "TryOnRequest", "TryOnResult"]
 
 MIN_FACE = 40  # px in the upload; below that a head is too small to be restyled
 RIVAL_SHARE = 0.2  # a second face of this share of the largest one's area makes the choice a question for the person
 MIN_HAIR = 0.004  # share of a reference's head crop that must be hair
-
-
-class TryOnError(DeepHairError):
-    """A photo that cannot be worked with, in words. Codes: no_face, many_faces, too_small, side_view, no_hair, flat_output."""
-
-
-@dataclass(frozen=True)
-class TryOnRequest:
-    """target, reference: (H, W, 3) uint8 RGB, upright. At least one of reference and prompt. face: index into the preview's faces."""
-
-    target: NDArray[np.uint8]
-    reference: NDArray[np.uint8] | None
-    prompt: str | None
-    seed: int = 0
-    steps: int | None = None
-    guidance: float | None = None
-    face: int | None = None
-
-
-@dataclass(frozen=True)
-class TryOnResult:
-    """image: (H, W, 3) uint8 RGB of the target's size. mask: (H, W) float32; where it is 0 image equals target byte for byte."""
-
-    image: NDArray[np.uint8]
-    mask: NDArray[np.float32]
-    info: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class FaceInfo:
-    """A detected face. box: x0, y0, x1, y1 and landmarks (5 x 2) in the picture's pixels."""
-
-    box: crop.Box
-    confidence: float
-    landmarks: list[list[float]]
-
-
-@dataclass(frozen=True)
-class Preview:
-    """What would be worked on. hair_mask: (H, W) uint8 0/255 of the largest face's head; all zero without a face."""
-
-    faces: list[FaceInfo]
-    hair_mask: NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -82,9 +39,14 @@ class _Head:
 
 
 class TryOn:
-    """The product: a deployed bundle with the detector, the parser and the base model's parts. Not thread-safe; one per worker."""
+    """The product: a deployed bundle with the detector, the parser and the base model's parts.
 
-    def __init__(self, config: Config, painter: Painter, faces: FaceAnalyzer, parser: HairParser, header: dict[str, Any], sha256: str) -> None:
+    ``run`` is for one thread at a time; ``preview`` may run beside it.
+    """
+
+    def __init__(
+        self, config: Config, painter: Painter, faces: FaceAnalyzer, parser: HairParser, header: dict[str, Any], sha256: str
+    ) -> None:
         self.config, self.header, self.bundle_sha256 = config, header, sha256
         self._painter, self._faces, self._parser = painter, faces, parser
         self._resolution = int(header["resolution"])
@@ -94,7 +56,8 @@ class TryOn:
         """Loads everything that serving needs. Raises MissingInputError or InvalidArtifactError with what to do."""
         if not config.paths.bundle.is_file():
             raise MissingInputError(
-                f"no deployed model at {config.paths.bundle}", hint="train and deploy one ('deephair run'), or 'make demo' for the miniature"
+                f"no deployed model at {config.paths.bundle}",
+                hint="train and deploy one ('deephair run'), or 'make demo' for the miniature",
             )
         bundle = load_bundle(config.paths.bundle)
         device, _ = device_and_dtype(config)
@@ -125,7 +88,9 @@ class TryOn:
     ) -> TryOnResult:
         """Paints the reference's hair on the target. Raises TryOnError with an explanation, or Cancelled within one step."""
         if request.reference is None and not request.prompt:
-            raise TryOnError("neither a reference photo nor a description of the hair was given", hint="give one of the two", code="nothing_to_try")
+            raise TryOnError(
+                "neither a reference photo nor a description of the hair was given", hint="give one of the two", code="nothing_to_try"
+            )
         start = time.monotonic()
         face = self._target_face(request.target, request.face)
         head = self._head(request.target, face)
@@ -160,21 +125,33 @@ class TryOn:
         faces = self._faces.detect(reference)
         head = self._head(reference, faces[0] if faces else None)
         if float((head.hair > 0).mean()) < MIN_HAIR:
-            raise TryOnError("no hair was found in the reference photo", hint="choose a photo that shows the hairstyle larger and clearer", code="no_hair")
+            raise TryOnError(
+                "no hair was found in the reference photo",
+                hint="choose a photo that shows the hairstyle larger and clearer",
+                code="no_hair",
+            )
         return patches.style_picture(head.native, head.hair)
 
     def _target_face(self, image: NDArray[np.uint8], chosen: int | None) -> DetectedFace:
         faces = self._faces.detect(image)
         if not faces:
-            raise TryOnError("no face was found in your photo", hint="use a photo that shows the face from the front, well lit", code="no_face")
+            raise TryOnError(
+                "no face was found in your photo", hint="use a photo that shows the face from the front, well lit", code="no_face"
+            )
         if chosen is not None and not 0 <= chosen < len(faces):
-            raise TryOnError(f"face {chosen} was chosen, the photo has {len(faces)}", hint="choose one of the faces of the preview", code="no_face")
+            raise TryOnError(
+                f"face {chosen} was chosen, the photo has {len(faces)}", hint="choose one of the faces of the preview", code="no_face"
+            )
         if chosen is None and len(faces) > 1 and faces[1].area > RIVAL_SHARE * faces[0].area:
-            raise TryOnError(f"the photo has {len(faces)} faces", hint="choose whose hair to change, or crop the photo to one person", code="many_faces")
+            raise TryOnError(
+                f"the photo has {len(faces)} faces", hint="choose whose hair to change, or crop the photo to one person", code="many_faces"
+            )
         face = faces[chosen or 0]
         size = max(face.box[2] - face.box[0], face.box[3] - face.box[1])
         if size < MIN_FACE:
-            raise TryOnError(f"the face is {size:.0f} pixels large, at least {MIN_FACE} are needed", hint="use a larger photo", code="too_small")
+            raise TryOnError(
+                f"the face is {size:.0f} pixels large, at least {MIN_FACE} are needed", hint="use a larger photo", code="too_small"
+            )
         if _is_side_view(face):
             raise TryOnError("the face is seen from the side", hint="use a photo that shows both eyes", code="side_view")
         return face
@@ -182,14 +159,16 @@ class TryOn:
     def _head(self, image: NDArray[np.uint8], face: DetectedFace | None) -> _Head:
         """The head crop: first around the face, then around the face and the hair found in the first crop."""
         height, width = image.shape[:2]
-        square = crop.head_square((0.0, 0.0, float(width), float(height)) if face is None else None, face.box if face else None)
+        square = crop.head_square(
+            (0.0, 0.0, float(width), float(height)) if face is None else None, face.box if face else None, (width, height)
+        )
         hair = self._parser.hair(crop.crop_square(image, square))
         found = crop.mask_box(hair)
         if found is not None:
             hair_box = (found[0] + square.x0, found[1] + square.y0, found[2] + square.x0, found[3] + square.y0)
             clipped = (max(hair_box[0], 0.0), max(hair_box[1], 0.0), min(hair_box[2], float(width)), min(hair_box[3], float(height)))
             if clipped[0] < clipped[2] and clipped[1] < clipped[3]:
-                square = crop.head_square(clipped, face.box if face else None)
+                square = crop.head_square(clipped, face.box if face else None, (width, height))
                 hair = self._parser.hair(crop.crop_square(image, square))
         native = crop.crop_square(image, square)
         box = square.scaled_box(face.box, self._resolution) if face else None
@@ -199,10 +178,14 @@ class TryOn:
 def checked_output(painted: torch.Tensor, region: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """The one painted crop as (S, S, 3) uint8, or TryOnError flat_output when it is no picture: not finite, or one colour."""
     if not torch.isfinite(painted).all():
-        raise TryOnError("the model's output was not finite", hint="try another seed; if it happens again, deploy another model", code="flat_output")
+        raise TryOnError(
+            "the model's output was not finite", hint="try another seed; if it happens again, deploy another model", code="flat_output"
+        )
     picture = to_pictures(painted)[0]
     if float(picture[region > 0].astype(np.float32).std(axis=0).max()) < 1.0:
-        raise TryOnError("the model painted one flat colour", hint="try another seed; if it happens again, deploy another model", code="flat_output")
+        raise TryOnError(
+            "the model painted one flat colour", hint="try another seed; if it happens again, deploy another model", code="flat_output"
+        )
     return picture
 
 

@@ -13,10 +13,7 @@ from backend.errors import InvalidArtifactError
 from backend.training.keyed import torch_generator
 from backend.training.models.stage2_unet import Conditions, HairInpaintingUNet
 from backend.tryon.conditioning import HeadInput, decode_latents, encode_latents, mask_tensor, null_conditions, to_tensor
-
-
-class Cancelled(Exception):
-    """The caller asked to stop; nothing was produced."""
+from backend.tryon.values import Cancelled
 
 
 @dataclass(frozen=True)
@@ -98,7 +95,7 @@ def sample(
         pooled_prompt_embeds=conditions.pooled,
         negative_prompt_embeds=injector(nothing).to(dtype),
         negative_pooled_prompt_embeds=nothing.pooled,
-        image=images,
+        image=(images + 1.0) / 2.0,
         mask_image=mask_tensor([head.region for head in heads]),
         masked_image_latents=latents.to(dtype),
         latents=initial_noise(seeds, side // 8).to(device, dtype),

@@ -106,11 +106,7 @@ def mapping_diff(proposal: Mapping[str, Mapping[str, Mapping[str, Any]]], mappin
     changed["version"] += 1
     after = json.dumps(changed, indent=2, ensure_ascii=False) + "\n"
     name = "backend/training/data_processing/mapping_dict.json"
-    return "".join(
-        difflib.unified_diff(
-            before.splitlines(keepends=True), after.splitlines(keepends=True), f"a/{name}", f"b/{name}"
-        )
-    )
+    return "".join(difflib.unified_diff(before.splitlines(keepends=True), after.splitlines(keepends=True), f"a/{name}", f"b/{name}"))
 
 
 def argos_translator() -> Translate | None:
@@ -119,9 +115,7 @@ def argos_translator() -> Translate | None:
         try:
             argos = importlib.import_module("argostranslate.translate")
         except ImportError:
-            logger.warning(
-                "Argos Translate is not installed (pip install 'deephair[translate]'): nothing is translated"
-            )
+            logger.warning("Argos Translate is not installed (pip install 'deephair[translate]'): nothing is translated")
             return None
         languages = {language.code: language for language in argos.get_installed_languages()}
         translation = languages["ko"].get_translation(languages["en"]) if {"ko", "en"} <= languages.keys() else None

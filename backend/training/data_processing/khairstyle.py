@@ -48,9 +48,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-PHOTO_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".heic", ".heif"}
-)
+PHOTO_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".heic", ".heif"})
 _SNIFFED_BYTES = 64
 _MAGIC: tuple[tuple[bytes, str], ...] = (
     (b"\xff\xd8\xff", "photo"),
@@ -106,9 +104,7 @@ class _Label:
 @dataclass(slots=True)
 class _Found:
     photos: dict[str, list[_Photo]] = field(default_factory=lambda: defaultdict(list))
-    named: dict[str, list[_Label]] = field(
-        default_factory=lambda: defaultdict(list)
-    )  # by the stem of the filename that they give
+    named: dict[str, list[_Label]] = field(default_factory=lambda: defaultdict(list))  # by the stem of the filename that they give
     unnamed: dict[str, list[_Label]] = field(default_factory=lambda: defaultdict(list))  # by their own stem
     rejected: list[Rejected] = field(default_factory=list)
 
@@ -131,9 +127,7 @@ def index_dataset(images: Path, labels: Path, *, progress: Callable[[int], objec
     """
     for folder in (images, labels):
         if not folder.is_dir():
-            raise MissingInputError(
-                f"{folder} is not a folder", hint="set data.images and data.labels to the K-Hairstyle folders"
-            )
+            raise MissingInputError(f"{folder} is not a folder", hint="set data.images and data.labels to the K-Hairstyle folders")
     found = _Found()
     seen = 0
     for seen, path in enumerate(_walk([str(images), str(labels)], found.rejected), 1):
@@ -333,9 +327,7 @@ def _name_distance(photo: str, label: _Label) -> int:
 def _nearness(one: str, other: str) -> int:
     """How many folders two paths share at the front and at the end."""
     ours, theirs = one.split(os.sep)[:-1], other.split(os.sep)[:-1]
-    front = next(
-        (count for count, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs))
-    )
+    front = next((count for count, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
     end = next(
         (count for count, (a, b) in enumerate(zip(ours[::-1], theirs[::-1], strict=False)) if a != b),
         min(len(ours), len(theirs)),
@@ -343,9 +335,7 @@ def _nearness(one: str, other: str) -> int:
     return front + end
 
 
-def _accept(
-    photos: list[_Photo], chosen: list[_Label | None], pairs: list[tuple[str, Pair]], rejected: list[Rejected]
-) -> None:
+def _accept(photos: list[_Photo], chosen: list[_Label | None], pairs: list[tuple[str, Pair]], rejected: list[Rejected]) -> None:
     """Of the photos of one name the first whole one with a label is taken, the others are rejected."""
     order = sorted(range(len(photos)), key=lambda number: (chosen[number] is None, photos[number].path))
     kept: str | None = None
@@ -357,9 +347,7 @@ def _accept(
             rejected.append(_rejected(photo.path, "duplicate_id", f"also {printable(kept)}"))
         elif label is None:
             kept = photo.path
-            rejected.append(
-                _rejected(photo.path, "no_label", f"no label gives '{printable(os.path.basename(photo.path))}'")
-            )
+            rejected.append(_rejected(photo.path, "no_label", f"no label gives '{printable(os.path.basename(photo.path))}'"))
         else:
             kept = photo.path
             pairs.append((photo.path, Pair(Path(photo.path), Path(label.path), label.entry)))

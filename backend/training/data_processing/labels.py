@@ -23,9 +23,7 @@ from backend.training.data_processing.names import Folders, folders_of, last_par
 
 MAX_LABEL_BYTES = 4 * 1024 * 1024
 MAX_POINTS = 20_000
-MAX_COORDINATE = (
-    1e6  # pixels; the largest edition is 4032 wide, and what lies further out would overflow a rasteriser's integers
-)
+MAX_COORDINATE = 1e6  # pixels; the largest edition is 4032 wide, and what lies further out would overflow a rasteriser's integers
 MAX_NESTING = 6
 MAX_VALUE_CHARS = 200
 
@@ -111,13 +109,7 @@ def read_label(pair: Pair) -> PhotoLabel:
     size = _size(fields)
     photo_folders, label_folders = folders_of(pair.photo), folders_of(pair.label)
     identifier = photo_id(pair.photo.stem)
-    source = (
-        source_of(identifier)
-        or clean_value(fields.get("source"))
-        or photo_folders.source
-        or label_folders.source
-        or identifier
-    )
+    source = source_of(identifier) or clean_value(fields.get("source")) or photo_folders.source or label_folders.source or identifier
     prefix = re.match(r"[A-Za-z]*", source)
     return PhotoLabel(
         id=identifier,
@@ -209,9 +201,7 @@ def _field_name(key: str) -> str:
 def label_filename(record: Any) -> str | None:
     """The photo's file name that a label gives, without folders; None where it gives none."""
     value = record.get("filename") if isinstance(record, dict) else None
-    if not isinstance(value, str) or not clean_value(
-        value
-    ):  # the usual key is looked at first: this runs for 467,791 labels
+    if not isinstance(value, str) or not clean_value(value):  # the usual key is looked at first: this runs for 467,791 labels
         value = canonical_fields(record).get("filename")
     return last_part(value) or None if isinstance(value, str) and clean_value(value) else None
 
@@ -232,9 +222,7 @@ def _record(pair: Pair) -> Any:
     return entries[pair.entry]
 
 
-@functools.lru_cache(
-    maxsize=2
-)  # one list serves every photo of a sample pack; parsing it once per photo would be quadratic
+@functools.lru_cache(maxsize=2)  # one list serves every photo of a sample pack; parsing it once per photo would be quadratic
 def _entries(path: str, mtime_ns: int, size: int) -> Sequence[Any]:
     return label_entries(parse_label_bytes(read_label_bytes(path))) or []
 
@@ -250,9 +238,7 @@ def clean_value(value: Any) -> str | None:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     text = nfc(str(value) if not isinstance(value, int) or value.bit_length() < 4096 else "").strip()
-    text = text.encode("utf-8", "replace").decode("utf-8")[
-        :MAX_VALUE_CHARS
-    ]  # lone surrogates cannot be written as UTF-8
+    text = text.encode("utf-8", "replace").decode("utf-8")[:MAX_VALUE_CHARS]  # lone surrogates cannot be written as UTF-8
     return None if text.casefold() in _BLANK else text
 
 

@@ -38,13 +38,8 @@ def read_tables(path: Path = MAPPING_PATH) -> Tables:
     content = json.loads(path.read_text(encoding="utf-8"))
     return Tables(
         version=int(content["version"]),
-        fields={
-            field: {value_key(raw): str(en) for raw, en in table.items()} for field, table in content["fields"].items()
-        },
-        classes={
-            field: {value_key(raw): int(index) for raw, index in table.items()}
-            for field, table in content["classes"].items()
-        },
+        fields={field: {value_key(raw): str(en) for raw, en in table.items()} for field, table in content["fields"].items()},
+        classes={field: {value_key(raw): int(index) for raw, index in table.items()} for field, table in content["classes"].items()},
     )
 
 

@@ -73,8 +73,7 @@ class Report:
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready; the lists are sorted by path."""
         lists = {
-            name: sorted(getattr(self, name), key=lambda row: row["path"])
-            for name in ("duplicates", "conflicts", "ignored", "refused")
+            name: sorted(getattr(self, name), key=lambda row: row["path"]) for name in ("duplicates", "conflicts", "ignored", "refused")
         }
         inputs = self.written + self.unchanged + sum(map(len, lists.values()))
         counts = {
@@ -86,9 +85,7 @@ class Report:
         return {**counts, "renamed": self.renamed, "kinds": dict(sorted(self.kinds.items())), **lists}
 
 
-def normalize(
-    sources: Sequence[Path], out: Path, *, partition: str = "training", dry_run: bool = False
-) -> dict[str, Any]:
+def normalize(sources: Sequence[Path], out: Path, *, partition: str = "training", dry_run: bool = False) -> dict[str, Any]:
     """Sorts every photo and label of ``sources`` into ``out`` and returns the report.
 
     ``partition`` is where files go whose path names neither training nor validation. Of two files for one place the
@@ -116,9 +113,7 @@ def _members(source: Path, open_files: ExitStack, report: Report) -> Iterator[Me
     elif source.is_file() and zipfile.is_zipfile(source):
         yield from _zip_members(source, (_partition_hint(source),), open_files, report)
     else:
-        raise MissingInputError(
-            f"{printable(source)} is neither a folder nor a zip archive", hint="give the downloaded files"
-        )
+        raise MissingInputError(f"{printable(source)} is neither a folder nor a zip archive", hint="give the downloaded files")
 
 
 def _tree_members(root: Path, open_files: ExitStack, report: Report) -> Iterator[Member]:
@@ -206,9 +201,7 @@ def _partition_hint(path: Path) -> str:
 # ---- where it goes --------------------------------------------------------------------------------
 
 
-def _place(
-    member: Member, out: Path, partition: str, placed: dict[str, tuple[int, int]], report: Report, *, dry_run: bool
-) -> None:
+def _place(member: Member, out: Path, partition: str, placed: dict[str, tuple[int, int]], report: Report, *, dry_run: bool) -> None:
     """Sorts one file in, or notes why not."""
     name = member.parts[-1]
     if _NOISE.fullmatch(name):
@@ -242,9 +235,7 @@ def _store(
 ) -> None:
     key, mark = target.casefold(), (len(content), zlib.crc32(content))
     if key in placed:
-        rows, reason = (
-            (report.duplicates, "same_content") if placed[key] == mark else (report.conflicts, "other_content")
-        )
+        rows, reason = (report.duplicates, "same_content") if placed[key] == mark else (report.conflicts, "other_content")
         _note(rows, member.origin, reason, target)
         return
     placed[key] = mark
@@ -294,14 +285,10 @@ def _note(rows: list[dict[str, str]], path: object, reason: str, detail: str = "
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; exit code 0 done, 3 done with files refused or in conflict."""
-    parser = argparse.ArgumentParser(
-        prog="normalize_khairstyle", description="sort a K-Hairstyle download into folders"
-    )
+    parser = argparse.ArgumentParser(prog="normalize_khairstyle", description="sort a K-Hairstyle download into folders")
     parser.add_argument("sources", type=Path, nargs="+", help="downloaded zips, or folders of zips or unpacked files")
     parser.add_argument("--out", type=Path, required=True, help="where training/ and validation/ go")
-    parser.add_argument(
-        "--partition", choices=("training", "validation"), default="training", help="for paths that name none"
-    )
+    parser.add_argument("--partition", choices=("training", "validation"), default="training", help="for paths that name none")
     parser.add_argument("--dry-run", action="store_true", help="report only")
     parser.add_argument("--report", type=Path, help="write the whole report as JSON")
     arguments = parser.parse_args(argv)

@@ -172,9 +172,7 @@ def prompt_from_choice(
     UsageError."""
     chosen = {"length": length, "curl": curl, "colour": colour, "bangs": bangs}
     phrases = {name: _chosen_phrase(name, value) for name, value in chosen.items()}
-    return _sentence(
-        [phrases["length"], phrases["curl"], phrases["colour"]], [phrases["bangs"]], style=None, extra=None, seed=seed
-    )
+    return _sentence([phrases["length"], phrases["curl"], phrases["colour"]], [phrases["bangs"]], style=None, extra=None, seed=seed)
 
 
 def choices() -> dict[str, tuple[str, ...]]:
@@ -209,9 +207,7 @@ def _bangs_phrase(said: str | None) -> str | None:
 # ---- one sentence ------------------------------------------------------------
 
 
-def _sentence(
-    adjectives: list[str | None], details: list[str | None], *, style: str | None, extra: str | None, seed: int
-) -> str:
+def _sentence(adjectives: list[str | None], details: list[str | None], *, style: str | None, extra: str | None, seed: int) -> str:
     """'<opening> long wavy black hair[, tied up], styled as a hush cut, full bangs and a side part', no content word
     twice."""
     used: set[str] = set()

@@ -67,9 +67,7 @@ def split_record(line: Mapping[str, Any]) -> SplitRecord:
     """The split's view of a line of metadata.jsonl; sex and age come from the raw values of its ``attributes``."""
     attributes = line.get("attributes") or {}
     sex, age = ((attributes.get(name) or {}).get("raw") for name in ("sex", "age"))
-    return SplitRecord(
-        line["id"], line["source"], line.get("prefix") or "", line.get("folder_index"), line.get("basestyle"), sex, age
-    )
+    return SplitRecord(line["id"], line["source"], line.get("prefix") or "", line.get("folder_index"), line.get("basestyle"), sex, age)
 
 
 def assign_splits(
@@ -81,9 +79,7 @@ def assign_splits(
     UsageError.
     """
     if len(fractions) != 3 or min(fractions) < 0 or not math.isclose(sum(fractions), 1.0, abs_tol=1e-6):
-        raise UsageError(
-            f"split fractions {tuple(fractions)} are not three shares that sum to 1", hint="for example 0.8, 0.1, 0.1"
-        )
+        raise UsageError(f"split fractions {tuple(fractions)} are not three shares that sum to 1", hint="for example 0.8, 0.1, 0.1")
     converted = (item if isinstance(item, SplitRecord) else split_record(item) for item in records)
     photos = sorted(converted, key=lambda record: record.id)
     sources = _sources(photos)
@@ -147,9 +143,7 @@ def _groups(sources: dict[str, _Source]) -> dict[str, str]:
         return name
 
     for earlier, later in _neighbours(sources):
-        one, other = sorted(
-            (root(earlier), root(later)), key=lambda name: (span[name][0], sources[name].index or 0, name)
-        )
+        one, other = sorted((root(earlier), root(later)), key=lambda name: (span[name][0], sources[name].index or 0, name))
         low, high = min(span[one][0], span[other][0]), max(span[one][1], span[other][1])
         if one != other and high - low <= MAX_SPAN:
             parent[other] = one
@@ -158,9 +152,7 @@ def _groups(sources: dict[str, _Source]) -> dict[str, str]:
 
 
 def _neighbours(sources: dict[str, _Source]) -> Iterable[tuple[str, str]]:
-    ordered = sorted(
-        (source.prefix, source.index, source.name) for source in sources.values() if source.index is not None
-    )
+    ordered = sorted((source.prefix, source.index, source.name) for source in sources.values() if source.index is not None)
     for number, (prefix, index, name) in enumerate(ordered):
         for other_prefix, other_index, other in reversed(ordered[max(0, number - _LOOK_BACK) : number]):
             if other_prefix != prefix or index - other_index > NEIGHBOUR_GAP:
@@ -194,9 +186,7 @@ def _fill(splits: dict[str, str], names: Sequence[str], wanted: Sequence[str], s
         if counts[split] or not donors:
             continue
         donor = max(donors, key=lambda name: (counts[name], -SPLITS.index(name)))
-        chosen = min(
-            (name for name in names if splits[name] == donor), key=lambda name: (_hash(f"{seed}:{split}:{name}"), name)
-        )
+        chosen = min((name for name in names if splits[name] == donor), key=lambda name: (_hash(f"{seed}:{split}:{name}"), name))
         splits[chosen] = split
 
 

@@ -16,7 +16,18 @@ from backend.training.models.stage2_unet import CHANNELS, HairInpaintingUNet, em
 from backend.training.models.texture_encoder import TextureEncoder
 
 FORMAT = "deephair-bundle-1"
-REQUIRED = ("format", "content_sha256", "unet_config", "style_tokens", "texture_layers", "identity_model", "resolution", "base", "gate", "metrics")
+REQUIRED = (
+    "format",
+    "content_sha256",
+    "unet_config",
+    "style_tokens",
+    "texture_layers",
+    "identity_model",
+    "resolution",
+    "base",
+    "gate",
+    "metrics",
+)
 
 
 @dataclass(frozen=True)
@@ -70,13 +81,17 @@ def load_bundle(path: Path) -> Bundle:
     dtype = tensors["unet.conv_in.weight"].dtype
     model.unet.to(dtype)
     model.load_state_dict({name: value for name, value in tensors.items() if not name.startswith("texture_encoder.")})
-    encoder.load_state_dict({name.removeprefix("texture_encoder."): value for name, value in tensors.items() if name.startswith("texture_encoder.")})
+    encoder.load_state_dict(
+        {name.removeprefix("texture_encoder."): value for name, value in tensors.items() if name.startswith("texture_encoder.")}
+    )
     return Bundle(model.eval().requires_grad_(False), encoder.eval().requires_grad_(False), header, digest)
 
 
 def _check_header(path: Path, header: dict[str, Any]) -> None:
     if header.get("format") != FORMAT:
-        raise InvalidArtifactError(f"{path} has format {header.get('format')!r}; a deploy bundle has {FORMAT!r}", hint="make one with 'deephair export'")
+        raise InvalidArtifactError(
+            f"{path} has format {header.get('format')!r}; a deploy bundle has {FORMAT!r}", hint="make one with 'deephair export'"
+        )
     missing = [name for name in REQUIRED if name not in header]
     if missing:
         raise InvalidArtifactError(f"{path}: the header lacks {', '.join(missing)}")

@@ -38,7 +38,8 @@ class Conditions:
     def to(self, device: torch.device, dtype: torch.dtype) -> Conditions:
         """Moved to a device, floating parts in ``dtype``."""
         moved = {
-            name: value.to(device) if value.dtype == torch.bool else value.to(device=device, dtype=dtype) for name, value in vars(self).items()
+            name: value.to(device) if value.dtype == torch.bool else value.to(device=device, dtype=dtype)
+            for name, value in vars(self).items()
         }
         return Conditions(**moved)
 
@@ -61,8 +62,9 @@ class CrossAttentionInjector(nn.Module):
         """The context (B, 77 + S + 1, D)."""
         if conditions.style.shape[1:] != (self.style_tokens, STYLE_WIDTH):
             raise ValueError(f"style features must be (B, {self.style_tokens}, {STYLE_WIDTH}), got {tuple(conditions.style.shape)}")
-        style = torch.where(conditions.style_valid[:, None, None], self.style_projection(conditions.style), self.style_null)
-        identity = self.identity_projection(conditions.identity)[:, None]
+        own = self.style_null.dtype  # a bf16 UNet may keep its small injector in float32
+        style = torch.where(conditions.style_valid[:, None, None], self.style_projection(conditions.style.to(own)), self.style_null)
+        identity = self.identity_projection(conditions.identity.to(own))[:, None]
         identity = torch.where(conditions.identity_valid[:, None, None], identity, self.identity_null)
         return torch.cat([conditions.text, style.to(conditions.text.dtype), identity.to(conditions.text.dtype)], dim=1)
 
@@ -109,7 +111,9 @@ def widen_conv_in(unet: Any) -> Any:
             f"the base UNet takes {channels} input channels", hint="use an SDXL base (4 channels) or an SDXL inpainting base (9 channels)"
         )
     old = unet.conv_in
-    new: Any = nn.Conv2d(CHANNELS, old.out_channels, old.kernel_size, old.stride, old.padding, dtype=old.weight.dtype, device=old.weight.device)
+    new: Any = nn.Conv2d(
+        CHANNELS, old.out_channels, old.kernel_size, old.stride, old.padding, dtype=old.weight.dtype, device=old.weight.device
+    )
     with torch.no_grad():
         new.weight.zero_()
         new.weight[:, :4] = old.weight

@@ -6,13 +6,12 @@ Run as a file, this is Stage 1 itself: ``python backend/training/models/texture_
 from __future__ import annotations
 
 if __name__ == "__main__" and not __package__:  # run as a file: the checkout must be importable, this folder must not shadow libraries
+    import importlib
     import sys
     from pathlib import Path
 
     sys.path[0] = str(Path(__file__).resolve().parents[3])
-    import backend.training.models.texture_encoder as script
-
-    raise SystemExit(script.main())
+    raise SystemExit(importlib.import_module("backend.training.train_texture").main())
 
 import re
 from collections.abc import Mapping, Sequence
@@ -178,10 +177,3 @@ def _refuse_mismatch(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]
     ) if names]  # fmt: skip
     if problems:
         raise InvalidArtifactError(f"the {what} does not fit; " + "; ".join(problems), hint="it belongs to another network or is damaged")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Stage 1 from the command line."""
-    from backend.training.train_texture import main as train_main  # the one import upward: this file is the documented script of the stage
-
-    return train_main(argv)

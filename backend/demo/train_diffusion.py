@@ -1,0 +1,168 @@
+"""Trains the miniature base: a 9-channel UNet that fills random holes in portraits from a prompt, as SDXL inpainting 0.1 does.
+
+It never sees a style or identity token, so that Stage 2 has something to learn. The text encoders stay as they are drawn: over a
+vocabulary of a few hundred words, random word vectors tell prompts apart, and the UNet learns to read them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from backend.demo import architectures, miniature, train_loop, traits
+from backend.demo.portraits import HAIR, blur_face
+from backend.demo.training_data import Photo, Photos, face_ring, head_crop, jittered
+from backend.imaging import masks
+from backend.training import keyed
+from backend.training.data_processing.prompts import NEUTRAL_PROMPT, prompt_from_choice
+from backend.training.models.stage2_unet import time_ids
+from backend.tryon import conditioning
+from backend.weights import folder
+
+PHOTOS = 1536
+CUTS_PER_PHOTO = 3  # differently cut, with a hole of their own
+UNET = train_loop.Schedule(steps=6000, batch_size=16, lr=4e-4, warmup=200, average=0.998, save_every=250)
+DROP_TEXT = 0.1
+_LENGTHS = {"men": "short", "women_short": "short", "bob": "bob", "medium": "medium", "long": "long"}
+_CURLS = ("straight", "wavy", "curly", "tightly curly")
+_COLOURS = {"red-brown": "reddish brown", "yellow-brown": "golden brown", "pink brown": "pinkish brown", "other": None}
+_BANGS = {"none": None, "see_through": "see-through", "full": "full", "side_swept": "swept", "choppy": "choppy"}
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """What the UNet learns from, computed once: latents and masked_latents (N, 4, 16, 16), mask (N, 1, 16, 16), context (N, 77, 128),
+    pooled (N, 64); the last row of context and pooled, beyond N, is the empty prompt."""
+
+    latents: Tensor
+    masked_latents: Tensor
+    mask: Tensor
+    context: Tensor
+    pooled: Tensor
+
+
+def train_text(place: train_loop.Workplace) -> dict[str, Any]:
+    """Writes the tokenizers and the text encoders that the base is trained with."""
+    miniature.create("text", place.weights, seed=place.seed)
+    return {"steps": 0, "trained": False, "note": "random, frozen; the UNet was trained with exactly these"}
+
+
+def train_unet(place: train_loop.Workplace) -> dict[str, Any]:
+    """Predicts the noise (SDXL's schedule) in latents of head crops from the rest of the picture, the mask and the prompt."""
+    cuts = prepare_cuts(place.weights, Photos(place.cache, "train", PHOTOS, workers=place.workers), seed=place.seed)
+    model = architectures.unet()
+    schedule = architectures.scheduler()
+    alphas = torch.as_tensor(schedule.alphas_cumprod, dtype=torch.float32)
+    ids = time_ids(UNET.batch_size, architectures.IMAGE_SIDE)
+
+    def loss_of(step: int) -> Tensor:
+        draw = keyed.torch_generator(place.seed, "unet", step)
+        rows = torch.randint(len(cuts.latents), (UNET.batch_size,), generator=draw)
+        timesteps = torch.randint(len(alphas), (UNET.batch_size,), generator=draw)
+        noise = torch.randn(UNET.batch_size, *cuts.latents.shape[1:], generator=draw)
+        words = torch.where(torch.rand(UNET.batch_size, generator=draw) < DROP_TEXT, len(cuts.latents), rows)
+        alpha = alphas[timesteps].view(-1, 1, 1, 1)
+        noisy = alpha.sqrt() * cuts.latents[rows] + (1 - alpha).sqrt() * noise
+        predicted = model(
+            torch.cat([noisy, cuts.mask[rows], cuts.masked_latents[rows]], dim=1),
+            timesteps,
+            cuts.context[words],
+            added_cond_kwargs={"text_embeds": cuts.pooled[words], "time_ids": ids},
+        ).sample
+        return F.mse_loss(predicted, noise)
+
+    loss = train_loop.fit("unet", model, loss_of, UNET, place)
+    miniature.write_diffusion(place.weights, "unet", model)
+    schedule.save_pretrained(folder(place.weights, "inpainting") / "scheduler")
+    miniature.write_pipeline_index(place.weights)
+    return {"steps": UNET.steps, "loss": round(loss, 4), "photos": PHOTOS}
+
+
+@torch.no_grad()
+def noise_errors(weights: Path, photos: Sequence[Photo]) -> tuple[Tensor, Tensor]:
+    """Mean squared error of the predicted noise, (5,) at timesteps 100, 300, ..., 900: with each cut's own prompt, with the next one's."""
+    from diffusers import UNet2DConditionModel
+
+    model = UNet2DConditionModel.from_pretrained(folder(weights, "inpainting") / "unet", local_files_only=True).eval()
+    alphas = torch.as_tensor(architectures.scheduler().alphas_cumprod, dtype=torch.float32)
+    cuts = prepare_cuts(weights, photos, seed=1, per_photo=1)
+    count = len(cuts.latents)
+    ids = time_ids(count, architectures.IMAGE_SIDE)
+    errors = []
+    for t in range(100, 1000, 200):
+        noise = torch.randn(cuts.latents.shape, generator=keyed.torch_generator(1, "noise", t))
+        noisy = alphas[t].sqrt() * cuts.latents + (1 - alphas[t]).sqrt() * noise
+        for order in (torch.arange(count), torch.arange(count).roll(1)):
+            added = {"text_embeds": cuts.pooled[order], "time_ids": ids}
+            predicted = model(torch.cat([noisy, cuts.mask, cuts.masked_latents], 1), t, cuts.context[order], added_cond_kwargs=added).sample
+            errors.append(F.mse_loss(predicted, noise))
+    own, other = torch.stack(errors).view(-1, 2).T
+    return own, other
+
+
+def prepare_cuts(weights: Path, photos: Photos | Sequence[Photo], *, seed: int, per_photo: int = CUTS_PER_PHOTO) -> Cuts:
+    """Cuts, masks and encodes photos with the autoencoder and the text encoders of a weights folder."""
+    source = folder(weights, "inpainting")
+    vae = conditioning.load_vae(source, device=torch.device("cpu"), dtype=torch.float32)
+    text = conditioning.TextEncoders(source, device=torch.device("cpu"), dtype=torch.float32)
+    rows: dict[str, list[Tensor]] = {"latents": [], "masked_latents": [], "mask": []}
+    prompts: list[str] = []
+    for number in range(len(photos)):  # Photos has no end of its own
+        rng = keyed.numpy_generator(seed, "cuts", number)
+        drawn = [_cut(photos[number], rng) for _ in range(per_photo)]
+        images = conditioning.to_tensor([image for image, _ in drawn])
+        holes = conditioning.mask_tensor([hole for _, hole in drawn])
+        rows["latents"].append(conditioning.encode_latents(vae, images)[0])
+        rows["masked_latents"].append(conditioning.encode_latents(vae, images * (1 - holes))[0])
+        rows["mask"].append(conditioning.latent_mask(holes, architectures.LATENT_SIDE))
+        prompts += [_prompt(photos[number].view.hairstyle, rng) for _ in drawn]
+    context, pooled = _encoded(text, prompts)
+    return Cuts(torch.cat(rows["latents"]), torch.cat(rows["masked_latents"]), torch.cat(rows["mask"]), context, pooled)
+
+
+def _cut(photo: Photo, rng: np.random.Generator) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """A head crop at 128 px and the hole to fill, uint8 0/255: the edit region, boxes and strokes anywhere, or everything."""
+    square = jittered(photo.square(), rng, (0.9, 1.15), 0.05)
+    if photo.box is not None and rng.random() < 0.6:
+        photo = Photo(photo.view, blur_face(photo.image, face_ring(photo.box)), photo.parsing, photo.box, photo.landmarks)
+    side = architectures.IMAGE_SIDE
+    image, parsing = head_crop(photo, square, side)
+    kind = rng.random()
+    if kind < 0.5:
+        box = None if photo.box is None else square.scaled_box(tuple(map(float, photo.box)), side)  # type: ignore[arg-type]
+        return image, masks.edit_region(np.where(parsing == HAIR, np.uint8(255), np.uint8(0)), box, masks.random_shape(rng))
+    if kind > 0.9:
+        return image, np.full((side, side), 255, np.uint8)
+    hole = np.zeros((side, side), np.uint8)
+    for _ in range(int(rng.integers(1, 5))):
+        (x, y), (width, height) = rng.integers(0, side, 2), rng.integers(side // 8, side // 2, 2)
+        hole[y : y + height, x : x + width] = 255
+    return image, hole
+
+
+def _prompt(style: traits.Hairstyle, rng: np.random.Generator) -> str:
+    """What the hairstyle looks like, at times with a part of it left unsaid."""
+    said = {
+        "length": _LENGTHS[style.length],
+        "curl": _CURLS[style.curl],
+        "colour": _COLOURS.get(style.colour, style.colour),
+        "bangs": _BANGS[style.bangs],
+    }
+    if rng.random() < 0.1:
+        return NEUTRAL_PROMPT
+    kept = {name: value if rng.random() < 0.85 else None for name, value in said.items()}
+    return prompt_from_choice(**kept, seed=int(rng.integers(1 << 30)))
+
+
+def _encoded(text: conditioning.TextEncoders, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Context and pooled vectors of the prompts and, last, of the empty one."""
+    pieces = [text.encode(list(prompts[k : k + 64])) for k in range(0, len(prompts), 64)] + [text.encode([""])]
+    return torch.cat([context for context, _ in pieces]), torch.cat([pooled for _, pooled in pieces])
