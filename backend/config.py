@@ -289,7 +289,7 @@ def _parse_override(text: str) -> tuple[str, Any]:
         raise UsageError(f"'{text}' is not an override", hint="write key=value, for example train.lr=1e-6")
     _refuse_unknown([key], source="override")
     try:
-        value = yaml.safe_load(raw)
+        value = yaml.safe_load(raw) if raw else ""
     except yaml.YAMLError as error:
         raise UsageError(f"the value of '{text}' cannot be read: {error}") from error
     # YAML reads 1e-6 (no dot) as a string; pydantic turns it into a number where one is wanted.

@@ -90,3 +90,9 @@ def test_broken_files_are_named(tmp_path: Path, content: str) -> None:
     file.write_text(content)
     with pytest.raises(UsageError, match=r"broken\.yaml"):
         load_config(file)
+
+
+def test_an_empty_value_is_an_empty_text() -> None:
+    demo = REPO_ROOT / "configs/demo.yaml"
+    assert load_config(demo).gate.force
+    assert load_config(demo, ["gate.force="]).gate.force == ""

@@ -285,9 +285,7 @@ def _match(photos: list[_Photo], labels: list[_Label]) -> tuple[list[_Label | No
 
 
 def _ranked(photos: list[_Photo], labels: list[_Label]) -> list[tuple[tuple[int | str, ...], int, int]]:
-    """Possible couples, best first: whole photos, parsed labels, named by the label, near folders, exact
-    names, '.json' names, then
-    path."""
+    """Possible couples, best first: whole photos, parsed labels, named by the label, '.json' names, near folders, exact names, path."""
     limit = max(1, _MAX_COMPARISONS // max(1, len(labels)))
     couples = []
     for photo_number, photo in enumerate(photos[:limit]):
@@ -299,9 +297,9 @@ def _ranked(photos: list[_Photo], labels: list[_Label]) -> list[tuple[tuple[int 
                 photo.error is not None,
                 label.error is not None,
                 _name_distance(photo.path, label) == 3,
+                not label.path.lower().endswith(".json"),
                 -_nearness(photo.path, label.path) if len(photos) > 1 or len(labels) > 1 else 0,
                 _name_distance(photo.path, label),
-                not label.path.lower().endswith(".json"),
                 photo.path,
                 label.path,
                 -1 if label.entry is None else label.entry,
@@ -344,7 +342,7 @@ def _accept(photos: list[_Photo], chosen: list[_Label | None], pairs: list[tuple
         if photo.error is not None:
             rejected.append(_rejected(photo.path, photo.error.reason, photo.error.detail))
         elif kept is not None:
-            rejected.append(_rejected(photo.path, "duplicate_id", f"also {printable(kept)}"))
+            rejected.append(_rejected(photo.path, "duplicate_id", f"also {_shown(kept)}"))
         elif label is None:
             kept = photo.path
             rejected.append(_rejected(photo.path, "no_label", f"no label gives '{printable(os.path.basename(photo.path))}'"))
@@ -363,8 +361,13 @@ def _left_over(label: _Label, winners: dict[str | None, _Label]) -> Rejected:
     return _rejected(
         label.path,
         "duplicate_label",
-        f"{'same content as' if same else 'differs from'} {printable(winner.path)}{_entry(label)}",
+        f"{'same content as' if same else 'differs from'} {_shown(winner.path)}{_entry(label)}",
     )
+
+
+def _shown(path: str) -> str:
+    """A path without what lies above the dataset's own folders, so that moving the dataset changes no output."""
+    return printable("/".join(path.split(os.sep)[-3:]))
 
 
 def _orphan(label: _Label) -> Rejected:

@@ -1,0 +1,139 @@
+"""The product on the miniature: what is outside the mask stays, what cannot be done is said, and HTTP and command line agree."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from fastapi.testclient import TestClient
+
+from backend.config import Config
+from backend.demo.portraits import render, sample_hairstyle, sample_identity, sample_scene
+from backend.imaging.decode import decode_upload, encode_png
+from backend.tryon.pipeline import TryOn
+from backend.tryon.values import Cancelled, TryOnError, TryOnRequest
+from tests.conftest import World
+
+SIZE = (1100, 1500)  # height, width
+
+
+def _portrait(seed: int, yaw: float = 8.0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    hair = sample_hairstyle(rng, length="bob", curl=1, volume=1, tied=False, bangs="none")
+    return render(sample_identity(seed), hair, sample_scene(rng, camera="mid"), yaw, 512, seed).image
+
+
+@pytest.fixture(scope="module")
+def upload() -> np.ndarray:
+    """A landscape photo of 1500 x 1100 with a person in it and noise in every byte, so that a touched pixel shows."""
+    height, width = SIZE
+    photo = np.full((height, width, 3), 128, np.uint8)
+    photo[:, 200:1300] = cv2.resize(_portrait(7), (1100, 1100), interpolation=cv2.INTER_CUBIC)
+    noise = np.random.default_rng(0).integers(-3, 4, photo.shape)
+    return np.clip(photo.astype(int) + noise, 0, 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def reference() -> np.ndarray:
+    return _portrait(11, yaw=-20.0)
+
+
+@pytest.fixture(scope="module")
+def config(finished_world: World, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    return finished_world.config(paths__jobs=tmp_path_factory.mktemp("jobs"))
+
+
+@pytest.fixture(scope="module")
+def tryon(config: Config) -> TryOn:
+    return TryOn.load(config)
+
+
+def test_outside_the_feathered_mask_every_byte_is_the_uploads(tryon: TryOn, upload: np.ndarray, reference: np.ndarray) -> None:
+    steps: list[tuple[int, int]] = []
+    result = tryon.run(TryOnRequest(upload, reference, None, seed=3), on_step=lambda done, total: steps.append((done, total)))
+    assert result.image.shape == upload.shape and result.mask.shape == upload.shape[:2]
+    assert np.array_equal(result.image[result.mask == 0], upload[result.mask == 0])
+    assert 0.02 < float((result.mask > 0).mean()) < 0.8
+    assert (result.image != upload).any(axis=2)[result.mask > 0.9].mean() > 0.5
+    assert steps == [(n, 3) for n in (1, 2, 3)]
+    assert result.info["bundle_sha256"] == tryon.bundle_sha256
+
+
+def test_equal_seeds_paint_equal_pictures_and_other_seeds_others(tryon: TryOn, upload: np.ndarray, reference: np.ndarray) -> None:
+    first, again, other = (tryon.run(TryOnRequest(upload, reference, None, seed=seed)).image for seed in (1, 1, 2))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+def test_a_cancelled_job_stops_within_a_step(tryon: TryOn, upload: np.ndarray, reference: np.ndarray) -> None:
+    seen: list[int] = []
+    with pytest.raises(Cancelled):
+        tryon.run(TryOnRequest(upload, reference, None), on_step=lambda done, _: seen.append(done), cancelled=lambda: len(seen) >= 1)
+    assert len(seen) <= 2
+
+
+def test_photos_that_cannot_be_worked_with_are_explained(tryon: TryOn, upload: np.ndarray, reference: np.ndarray) -> None:
+    wall = np.full((400, 400, 3), 120, np.uint8)
+    with pytest.raises(TryOnError) as caught:
+        tryon.run(TryOnRequest(wall, reference, None))
+    assert caught.value.code == "no_face" and caught.value.hint
+    with pytest.raises(TryOnError) as caught:
+        tryon.run(TryOnRequest(upload, None, None))
+    assert caught.value.code == "nothing_to_try"
+    with pytest.raises(TryOnError, match="face 9 was chosen"):
+        tryon.run(TryOnRequest(upload, reference, None, face=9))
+    pair = np.hstack([cv2.resize(_portrait(seed, yaw=0.0), (500, 500)) for seed in (7, 7)])
+    with pytest.raises(TryOnError) as caught:
+        tryon.run(TryOnRequest(pair, reference, None))
+    assert caught.value.code == "many_faces"
+    assert tryon.run(TryOnRequest(pair, reference, None, face=1)).image.shape == pair.shape
+
+
+def test_a_job_over_http_gives_the_pipelines_picture(config: Config, tryon: TryOn, upload: np.ndarray, reference: np.ndarray) -> None:
+    """The whole contract once, with the real model: post, poll, fetch; the answer is what the pipeline paints."""
+    from backend.app.api import create_app
+
+    with TestClient(create_app(config), base_url="http://localhost") as client:
+        files = {"target": ("me.png", encode_png(upload), "image/png"), "reference": ("hair.png", encode_png(reference), "image/png")}
+        for _ in range(600):
+            if client.get("/readyz").status_code == 200:
+                break
+            time.sleep(0.1)
+        posted = client.post("/api/v1/jobs", files=files, data={"seed": "3"})
+        assert posted.status_code == 202, posted.text
+        place = posted.headers["location"]
+        state = {}
+        for _ in range(600):
+            state = client.get(place).json()
+            if state["state"] in ("succeeded", "failed", "cancelled"):
+                break
+            time.sleep(0.2)
+        assert state["state"] == "succeeded", json.dumps(state)
+        picture = client.get(f"{place}/result")
+        assert picture.headers["content-type"] == "image/png"
+        image = decode_upload(picture.content, max_pixels=10**8)
+        mask = cv2.imdecode(np.frombuffer(client.get(f"{place}/mask").content, np.uint8), cv2.IMREAD_GRAYSCALE)
+    assert image.shape == upload.shape
+    assert np.array_equal(image[mask == 0], upload[mask == 0])
+    assert np.array_equal(image, tryon.run(TryOnRequest(upload, reference, None, seed=3)).image)
+
+
+def test_the_command_writes_the_same_picture(
+    finished_world: World, tryon: TryOn, tmp_path: Path, upload: np.ndarray, reference: np.ndarray
+) -> None:
+    for name, image in (("me.png", upload), ("hair.png", reference)):
+        (tmp_path / name).write_bytes(encode_png(image))
+    arguments = finished_world.arguments()
+    settings = [word for setting in arguments[2:] for word in ("--set", setting)]
+    command = [sys.executable, "-m", "backend.cli", "tryon", str(tmp_path / "me.png"), str(tmp_path / "hair.png"), "-o", "-", "--seed", "3"]
+    done = subprocess.run([*command, *arguments[:2], *settings], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    image = decode_upload(io.BytesIO(done.stdout).read(), max_pixels=10**8)
+    assert np.array_equal(image, tryon.run(TryOnRequest(upload, reference, None, seed=3)).image)
