@@ -109,6 +109,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, 
     header = {key: value if isinstance(value, str) else json.dumps(value, sort_keys=True) for key, value in metadata.items()}
     with replacing(path) as temporary:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata=header)
+        temporary.chmod(0o644)  # safetensors makes its files readable by their owner alone
         digest = sha256_file(temporary)
     return digest
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 
 class DeepHairError(Exception):
     """A failure with a cause that the user can mend.
@@ -33,6 +35,19 @@ class MissingInputError(DeepHairError):
     """A dataset, weight file or earlier stage's output is not where it is expected."""
 
     code = "missing_input"
+
+
+def require_all(*checks: Callable[[], None]) -> None:
+    """Runs every check and raises one MissingInputError that names all that is missing, not only the first thing."""
+    found: list[MissingInputError] = []
+    for check in checks:
+        try:
+            check()
+        except MissingInputError as error:
+            found.append(error)
+    if found:
+        hint = "; ".join(dict.fromkeys(error.hint for error in found if error.hint))
+        raise MissingInputError("\n".join(error.message for error in found), hint=hint)
 
 
 class InvalidArtifactError(DeepHairError):

@@ -86,7 +86,7 @@ PARTS: tuple[Part, ...] = (
     Part(
         "perceptual",
         "vgg16",
-        ("model.safetensors", "lpips_heads.safetensors", "card.json"),
+        ("model.safetensors", "lpips_heads.safetensors"),
         "timm/vgg16.tv_in1k and the linear heads of lpips v0.1",
         "BSD-3-Clause / BSD-2-Clause",
         ("train", "evaluate", "export"),

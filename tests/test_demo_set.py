@@ -158,23 +158,24 @@ def strand_angles(drawn: Portrait) -> NDArray[np.float64]:
 
 def test_strand_directions_spread_as_the_curl_class_grows() -> None:
     entropy = np.zeros(4)
-    for seed in range(4):
+    for seed in range(3):
         for curl in range(4):
             share = strand_angles(person(seed + 20, 180, length="long", volume=1, colour="natural brown", curl=curl))
-            entropy[curl] += -(share * np.log(share + 1e-12)).sum() / 4
+            entropy[curl] += -(share * np.log(share + 1e-12)).sum() / 3
     assert (np.diff(entropy[:3]) > 0.02).all()
     assert entropy[3] > entropy[1] + 0.02
 
 
 def test_coils_of_the_tight_class_are_smaller_than_open_curls() -> None:
+    """Hair hangs down on a back view, so a coil shows as light and dark along the columns."""
     fine = np.zeros(4)
-    for seed in range(4):
+    for seed in range(3):
         for curl in (2, 3):
             drawn = person(seed + 20, 180, length="long", volume=1, colour="natural brown", curl=curl)
             gray = cv2.cvtColor(drawn.image, cv2.COLOR_RGB2GRAY).astype(np.float32)
             inside = cv2.erode((drawn.parsing == HAIR).astype(np.uint8), np.ones((15, 15), np.uint8)) > 0
-            bands = [(cv2.GaussianBlur(gray, (0, 0), a) - cv2.GaussianBlur(gray, (0, 0), b))[inside].std() for a, b in ((1, 2.5), (4, 8))]
-            fine[curl] += bands[0] / bands[1] / 4
+            levels = [cv2.GaussianBlur(gray, (1, 41), sigmaX=0.1, sigmaY=sigma) for sigma in (0.8, 1.6, 3.2, 6.4)]
+            fine[curl] += (levels[0] - levels[1])[inside].std() / (levels[2] - levels[3])[inside].std() / 3
     assert fine[3] > 1.15 * fine[2]
 
 

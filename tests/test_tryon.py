@@ -136,4 +136,7 @@ def test_the_command_writes_the_same_picture(
     done = subprocess.run([*command, *arguments[:2], *settings], capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()
     image = decode_upload(io.BytesIO(done.stdout).read(), max_pixels=10**8)
-    assert np.array_equal(image, tryon.run(TryOnRequest(upload, reference, None, seed=3)).image)
+    here = tryon.run(TryOnRequest(upload, reference, None, seed=3))
+    assert np.array_equal(image[here.mask == 0], upload[here.mask == 0])
+    # another process may run on another number of threads, which adds in another order
+    assert np.abs(image.astype(int) - here.image).max() <= 3

@@ -60,22 +60,23 @@ def trace(rays: Array, towards: Array, near: Array, far: Array, distance: Callab
     depth of each ray; a ray with near <= far is skipped.
     """
     base = rays.reshape(-1, 3)
-    depth = near.reshape(-1).copy()
-    stop = far.reshape(-1)
-    gap = np.full(depth.shape, np.inf, np.float32)
-    best = depth.copy()
-    active = np.flatnonzero(depth > stop)
-    for _ in range(steps):
-        if active.size == 0:
-            break
-        z = depth[active]
-        f = distance(base[active] + z[:, None] * towards)
-        closer = f < gap[active]
-        chosen = active[closer]
-        gap[chosen] = f[closer]
-        best[chosen] = z[closer]
-        depth[active] = z - 0.85 * f
-        active = active[(f > eps) & (depth[active] > stop[active])]
+    best, stop = near.reshape(-1).copy(), far.reshape(-1)
+    gap = np.full(best.shape, np.inf, np.float32)
+    index = np.flatnonzero(best > stop)
+    origin, depth, end = base[index], best[index], stop[index]
+    closest, at = gap[index], best[index]
+    for step in range(steps):
+        f = distance(origin + depth[:, None] * towards)
+        closer = f < closest
+        closest, at = np.where(closer, f, closest), np.where(closer, depth, at)
+        depth = depth - 0.85 * f
+        if step % 3 == 2 or step == steps - 1:  # put finished rays away; doing it at every step costs more than it saves
+            gap[index], best[index] = closest, at
+            going = np.flatnonzero((f > eps) & (depth > end))
+            if going.size == 0:
+                break
+            index, origin, depth, end = index[going], origin[going], depth[going], end[going]
+            closest, at = closest[going], at[going]
     shape = rays.shape[:2]
     point = (base + best[:, None] * towards).reshape(rays.shape)
     return Hits(point, best.reshape(shape), gap.reshape(shape))

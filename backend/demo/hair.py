@@ -19,8 +19,8 @@ from .traits import Hairstyle, Identity
 STEP = 0.09
 STANDOFF = (0.045, 0.13, 0.27)
 WAVELENGTH = (2.4, 0.86, 0.42, 0.135)
-AMPLITUDE = (0.015, 0.105, 0.095, 0.055)
-SHORT_WAVE = (1.0, 0.6, 0.68, 0.88)  # short hair shows its curl over fewer centimetres
+AMPLITUDE = (0.008, 0.115, 0.095, 0.055)
+SHORT_WAVE = (1.0, 0.66, 0.62, 0.8)  # short hair shows its curl over fewer centimetres
 _TIE = np.array([0.0, 0.02, -1.10], np.float32)
 
 
@@ -253,7 +253,7 @@ def _keep_off_body(p: Array, g: _Guides, body: BodySurface) -> Array:
 
 def _locks(paths: Array, counts: Array, g: _Guides, style: Hairstyle, rng: np.random.Generator, detail: float) -> Strands:
     """Spread every guide into a lock of strands, resample them and add the curl."""
-    each = max(2, round((2.4, 3.0, 3.8)[style.volume] * detail * (1.5 if style.length in ("men", "women_short") else 1.0)))
+    each = max(2, round((3.6, 2.8, 2.8)[style.volume] * detail * (1.5 if style.length in ("men", "women_short") else 1.0)))
     owner = np.repeat(np.arange(len(paths)), each)
     n = len(owner)
     longest = float(counts.max()) * STEP
@@ -269,10 +269,12 @@ def _locks(paths: Array, counts: Array, g: _Guides, style: Hairstyle, rng: np.ra
     bend, relief = _curl(points, arc, g.root[owner], owner, len(paths), style, rng)
     points = points + bend
     by_lock, by_strand = ((0.10, 0.12), (0.10, 0.10), (0.16, 0.08), (0.06, 0.16))[style.curl]
-    shade = (1 + by_lock * rng.normal(size=len(paths))[owner] + by_strand * rng.normal(size=n)).astype(np.float32)
+    # fine hair lies smooth, thick hair parts into heavy locks with shadow between them
+    uneven = (0.45, 1.0, 1.9)[style.volume]
+    shade = (1 + uneven * (by_lock * rng.normal(size=len(paths))[owner] + by_strand * rng.normal(size=n))).astype(np.float32)
     accent = rng.random(len(paths))[owner] < (0.25 if style.colour == "two-tone" else 0.22)
     layer = np.clip(g.layer[owner] + rng.uniform(-0.15, 0.15, n), 0, 1).astype(np.float32)
-    return Strands(points.astype(np.float32), arc, layer, np.clip(shade, 0.6, 1.45), relief, accent, lengths * STEP)
+    return Strands(points.astype(np.float32), arc, layer, np.clip(shade, 0.55, 1.6), relief, accent, lengths * STEP)
 
 
 def _scatter(g: _Guides, owner: NDArray[np.int64], arc: Array, style: Hairstyle, rng: np.random.Generator) -> Array:
@@ -316,5 +318,5 @@ def _curl(
     grown = amplitude[:, None] * (1 - np.exp(-((arc / start) ** 2) * 0.5))
     flat = 0.35 if style.curl <= 1 else 1.0
     bend = (grown * np.sin(angle))[..., None] * across + (grown * flat * (1 + np.cos(angle)))[..., None] * out
-    relief = np.cos(angle) * (grown / amplitude[:, None]) * (0.0, 0.7, 1.0, 1.0)[style.curl]
+    relief = np.cos(angle) * (grown / amplitude[:, None]) * (0.0, 0.9, 1.0, 1.0)[style.curl]
     return bend.astype(np.float32), relief.astype(np.float32)

@@ -99,10 +99,11 @@ def write_khairstyle(
     shots = [shot for number, source in enumerate(sources) for shot in _shots(source, number, views, size, seed)]
     truth: dict[str, Any] = {}
     workers = min(len(os.sched_getaffinity(0)), 8)
+    # a head goes to one worker as a whole, which grows its hair once for all views
     with ProcessPoolExecutor(
         workers, mp_context=multiprocessing.get_context("spawn"), initializer=cv2.setNumThreads, initargs=(1,)
     ) as pool:
-        for done, (shot, (photo, label)) in enumerate(zip(shots, pool.map(shoot, shots, chunksize=2), strict=True), 1):
+        for done, (shot, (photo, label)) in enumerate(zip(shots, pool.map(shoot, shots, chunksize=views), strict=True), 1):
             suffix = ".JPG" if oddities and done % 23 == 5 else ".jpeg" if oddities and done % 31 == 7 else ".jpg"
             _file(images, labels, shot, photo, label, suffix)
             hair = shot.source.before if shot.phase == "before" and shot.source.before else shot.source.hair
@@ -202,7 +203,7 @@ def _label(shot: Shot, portrait: Portrait, face: NDArray[np.float32] | None) -> 
     return {
         "id": f"00000000-0000-4000-8000-{shot.source.identity_seed:06d}{shot.view:06d}",
         "source": shot.source.name, "path": f"/{shot.source.folder}", "filename": f"{shot.stem}.jpg", "width": shot.size, "height": shot.size,
-        "polygon1": _rings(mask_rings(mask, 0.75)), "polygon2": _rings([] if face is None else [face]), "rgb": str(rgb),
+        "polygon1": _rings(mask_rings(mask, shot.size / 320)), "polygon2": _rings([] if face is None else [face]), "rgb": str(rgb),
         "basestyle": shot.source.folder.split("/")[1].split(".")[1], "basestyle-type": "단" if hair.length in ("men", "women_short") else "장",
         "length": _LENGTH[hair.length], "curl": str(rng.choice(_CURL[hair.curl])),
         "bang": "기타(남자 내림머리)" if hair.length == "men" and hair.bangs != "none" else _BANGS[hair.bangs],

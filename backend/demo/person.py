@@ -173,25 +173,27 @@ def _ear(layers: _Layers, who: Identity, scene: Scene, camera: Camera, side: int
 
 
 def _body(layers: _Layers, who: Identity, scene: Scene, camera: Camera, size: int, seed: int) -> None:
-    """Neck and clothes, traced at half size and enlarged."""
+    """Neck and clothes, traced at a half or a third of the size and enlarged."""
     surface = body_surface(who, scene.garment)
-    top = max(0, floor(camera.centre[1] + 0.3 * camera.scale)) // 2 * 2
+    step = 2 if size < 900 else 3
+    top = max(0, floor(camera.centre[1] + 0.3 * camera.scale))
     if size - top < 8:
         return
-    small = ((size - top + 1) // 2, (size + 1) // 2)
-    hits = surface.trace(camera, top, 0, *small, step=2)
-    cover = np.clip(1.4 - 0.5 * hits.gap * camera.scale, 0, 1)
+    small = (-(-(size - top) // step), -(-size // step))
+    hits = surface.trace(camera, top, 0, *small, step=step)
+    cover = np.clip(1.4 - hits.gap * camera.scale / step, 0, 1)
     index = np.flatnonzero(cover > 0)
     points = hits.point.reshape(-1, 3)[index]
     rgb, cloth = _body_colour(points, surface, who, scene, camera, seed)
     frame = np.zeros((cover.size, 5), np.float32)
     frame[index, :3], frame[index, 3], frame[index, 4] = rgb, cloth, 1
     frame = _spread(frame.reshape(*cover.shape, 5))
-    large = cv2.resize(frame, (small[1] * 2, small[0] * 2), interpolation=cv2.INTER_LINEAR)[: size - top, :size]
-    soft = cv2.resize(cover, (small[1] * 2, small[0] * 2), interpolation=cv2.INTER_LINEAR)[: size - top, :size]
-    depth = cv2.resize(hits.depth, (small[1] * 2, small[0] * 2), interpolation=cv2.INTER_LINEAR)[: size - top, :size]
+    large, soft, depth = (
+        cv2.resize(a, (small[1] * step, small[0] * step), interpolation=cv2.INTER_LINEAR)[: size - top, :size]
+        for a in (frame, cover, hits.depth)
+    )
     ids = np.where(large[..., 3] > 0.5, np.uint8(18), np.uint8(17))
-    edge = np.clip((soft - 0.5) * 2 + 0.5, 0, 1)
+    edge = np.clip((soft - 0.5) * step + 0.5, 0, 1)
     layers.put((slice(top, size), slice(0, size)), large[..., :3], edge, depth, ids)
 
 

@@ -142,7 +142,7 @@ def draw_layer(image: U8, pieces: Pieces, scale: float, width: float) -> Array:
 def _underlay(pieces: Pieces, height: int, width: int, scale: float, strand_width: float) -> tuple[U8, Array]:
     """Thick dark lines at half size: the mass of hair under the visible strands, and its cover."""
     half = ((height + 1) // 2, (width + 1) // 2)
-    thickness = max(2, round(0.02 * scale * strand_width))
+    thickness = max(2, round(0.014 * scale * (0.9 + 0.4 * strand_width)))
     mask = np.zeros(half, np.uint8)
     cv2.polylines(mask, list(pieces.pixels), False, 255, thickness, cv2.LINE_8, _SHIFT + 1)
     mass = np.zeros((*half, 4), np.uint8)

@@ -195,7 +195,7 @@ def sample_hairstyle(rng: np.random.Generator, **fixed: Any) -> Hairstyle:
         highlights=float(rng.uniform(0.0, 0.5)),
         parting=int(rng.choice([0, 5, 4, 6, 3, 7, 2, 8, 1, 9], p=[0.22, 0.2, 0.13, 0.13, 0.09, 0.09, 0.05, 0.05, 0.02, 0.02])),
         tied=bool(length in ("medium", "long") and rng.random() < 0.12),
-        strand_width=float((0.8, 1.0, 1.35)[volume] * rng.uniform(0.95, 1.05)),
+        strand_width=float((0.7, 1.5, 2.4)[volume] * rng.uniform(0.95, 1.05)),
         end_height=float(rng.uniform(*_END_HEIGHT[length])),
         undercut=bool(length == "men" and rng.random() < 0.6),
     )  # fmt: skip

@@ -24,9 +24,9 @@ from typing import Any
 
 from backend import artifacts, console, weights
 from backend.config import Config
-from backend.errors import DeepHairError, InvalidArtifactError, MissingInputError
+from backend.errors import DeepHairError, InvalidArtifactError, MissingInputError, require_all
 from backend.training import checkpoints, results
-from backend.training.stage2_files import PREFIX, texture_encoder_path
+from backend.training.stage2_files import PREFIX, require_texture_encoder, texture_encoder_path
 
 logger = logging.getLogger(__name__)
 
@@ -140,12 +140,16 @@ def export(config: Config, *, resume: bool = True) -> dict[str, Any]:
 
 
 def _check_inputs(config: Config) -> None:
-    if not (config.paths.processed / "metadata.jsonl").is_file():
-        raise MissingInputError(f"no prepared data at {config.paths.processed}", hint="run Stage 0 first: deephair prepare")
-    if not texture_encoder_path(config).is_file():
-        raise MissingInputError(f"no Stage 1 encoder at {texture_encoder_path(config)}", hint="run Stage 1 first: deephair texture")
+    require_all(
+        lambda: results.require_prepared(config),
+        lambda: require_texture_encoder(config),
+        lambda: _require_checkpoint(config),
+        lambda: weights.require(config.paths.weights, "inpainting", "perceptual"),
+    )
+
+
+def _require_checkpoint(config: Config) -> None:
     newest_checkpoint(config)
-    weights.require(config.paths.weights, "inpainting", "perceptual")
 
 
 def _run_digest(config: Config) -> str:

@@ -26,7 +26,7 @@ from typing import Any
 
 from backend import artifacts, console, weights
 from backend.config import Config
-from backend.errors import InvalidArtifactError, MissingInputError
+from backend.errors import InvalidArtifactError, MissingInputError, require_all
 from backend.training import prepare_report, results
 from backend.training.data_processing.khairstyle import Index, index_dataset
 from backend.training.data_processing.labels import Pair
@@ -69,6 +69,13 @@ def verb(arguments: console.StageArguments) -> int:
 
 def check_inputs(config: Config) -> None:
     """Raises MissingInputError naming every folder and weight that Stage 0 lacks and where to put it."""
+    require_all(
+        lambda: _check_dataset(config),
+        lambda: weights.require(config.paths.weights, "face_detector", config.identity_model),
+    )
+
+
+def _check_dataset(config: Config) -> None:
     problems = []
     for name, folder in (("photos", config.data.images), ("labels", config.data.labels)):
         if not folder.is_dir():
@@ -79,7 +86,6 @@ def check_inputs(config: Config) -> None:
             hint="K-Hairstyle comes from AI-Hub (dataset 85) or its authors' page: unpack photos and labels there, or name their folders; "
             "'make demo' builds a miniature set and needs nothing",
         )
-    weights.require(config.paths.weights, "face_detector", config.identity_model)
 
 
 def plan(config: Config) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from backend import artifacts, weights
 from backend.config import REPO_ROOT, Config
+from backend.errors import MissingInputError
 
 _KEYS = {
     "prepare": ("seconds", "inputs", "accepted", "quarantined"),
@@ -37,6 +38,12 @@ def read(config: Config, stage: str) -> dict[str, Any]:
 def recorded(config: Config, stage: str) -> bool:
     """Whether a result is kept."""
     return _path(config, stage).is_file()
+
+
+def require_prepared(config: Config) -> None:
+    """Raises MissingInputError when Stage 0 has not run."""
+    if not (config.paths.processed / "metadata.jsonl").is_file():
+        raise MissingInputError(f"no prepared data at {config.paths.processed}", hint="run Stage 0 first: deephair prepare")
 
 
 def shown_path(path: Path) -> str:

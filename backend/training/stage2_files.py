@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from backend.config import Config
+from backend.errors import MissingInputError
 
 PREFIX = "stage2"
 LATEST = "deep_hair_v1_latest"
@@ -16,6 +17,12 @@ FORMAT = "deephair-stage2-1"
 def texture_encoder_path(config: Config) -> Path:
     """Where Stage 1 leaves its encoder."""
     return config.paths.checkpoints / "texture_encoder.safetensors"
+
+
+def require_texture_encoder(config: Config) -> None:
+    """Raises MissingInputError when Stage 1 has not run."""
+    if not texture_encoder_path(config).is_file():
+        raise MissingInputError(f"no Stage 1 encoder at {texture_encoder_path(config)}", hint="run Stage 1 first: deephair texture")
 
 
 def log_path(config: Config) -> Path:

@@ -18,11 +18,11 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from backend import artifacts, console
+from backend import artifacts, console, weights
 from backend.config import Config
-from backend.errors import DeepHairError, MissingInputError, UsageError
+from backend.errors import DeepHairError, UsageError, require_all
 from backend.training import results
-from backend.training.stage2_files import LATEST, PREFIX, texture_encoder_path
+from backend.training.stage2_files import LATEST, PREFIX, require_texture_encoder, texture_encoder_path
 
 logger = logging.getLogger(__name__)
 
@@ -102,14 +102,12 @@ def train(config: Config, *, resume: bool = True) -> dict[str, Any]:
 
 
 def check_inputs(config: Config) -> None:
-    """Raises MissingInputError naming what Stage 2 lacks."""
-    from backend import weights
-
-    if not (config.paths.processed / "metadata.jsonl").is_file():
-        raise MissingInputError(f"no prepared data at {config.paths.processed}", hint="run Stage 0 first: deephair prepare")
-    if not texture_encoder_path(config).is_file():
-        raise MissingInputError(f"no Stage 1 encoder at {texture_encoder_path(config)}", hint="run Stage 1 first: deephair texture")
-    weights.require(config.paths.weights, "inpainting", "perceptual")
+    """Raises one MissingInputError naming everything that Stage 2 lacks."""
+    require_all(
+        lambda: results.require_prepared(config),
+        lambda: require_texture_encoder(config),
+        lambda: weights.require(config.paths.weights, "inpainting", "perceptual"),
+    )
 
 
 def _refuse_to_overwrite(config: Config) -> None:

@@ -14,8 +14,8 @@ import torch
 
 from backend import artifacts, console, weights
 from backend.config import Config
-from backend.errors import DeepHairError, InvalidArtifactError, UsageError
-from backend.training import checkpoints, keyed
+from backend.errors import DeepHairError, InvalidArtifactError, UsageError, require_all
+from backend.training import checkpoints, keyed, results
 from backend.training.models.texture_encoder import FORMAT, new_encoder
 from backend.training.texture_data import SPLITS, BalancedSampler, Batch, PatchImages, PatchTable, feed, name_patches, read_patch_tables
 from backend.training.texture_metrics import evaluate_encoder, headline, predict_probabilities, score_split
@@ -63,7 +63,7 @@ def start_file(config: Config) -> Path:
 
 def identify(config: Config) -> Identity:
     """Raises MissingInputError where the start weights or Stage 0's output are missing."""
-    weights.require(config.paths.weights, "resnet")
+    require_all(lambda: results.require_prepared(config), lambda: weights.require(config.paths.weights, "resnet"))
     metadata = config.paths.processed / "metadata.jsonl"
     data_digest = artifacts.sha256_file(metadata) if metadata.is_file() else ""
     return Identity(config.digest("texture"), data_digest, artifacts.sha256_file(start_file(config)))

@@ -96,9 +96,10 @@ def load_perceptual(folder: Path) -> tuple[PerceptualNet, str]:
     Raises MissingInputError when a file is not there, InvalidArtifactError when the network is not VGG16-shaped.
     """
     weights.require(folder, "perceptual")
-    convolutions, heads, card = weights.files(folder, "perceptual")
+    convolutions, heads = weights.files(folder, "perceptual")
     try:
         network = PerceptualNet.from_tensors(artifacts.load_tensors(convolutions), artifacts.load_tensors(heads))
     except (KeyError, RuntimeError) as error:
         raise InvalidArtifactError(f"the perceptual network in {convolutions.parent} is not VGG16-shaped: {error}") from error
-    return network, str(artifacts.read_json(card).get("name", "vgg16"))
+    card = convolutions.with_name("card.json")  # the miniature's says so; the real network comes without one
+    return network, str(artifacts.read_json(card).get("name", "vgg16")) if card.is_file() else "vgg16"
