@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from backend.demo import khairstyle_set, portraits
+from backend.demo import khairstyle_set
 from backend.demo.camera import Camera
+from backend.demo.hair import grow
 from backend.demo.head import head_surface
 from backend.demo.khairstyle_set import write_khairstyle
 from backend.demo.portraits import (
@@ -52,7 +53,7 @@ def iou(a: NDArray[Any], b: NDArray[Any]) -> float:
 
 def test_equal_arguments_give_equal_bytes() -> None:
     first = person(3, 25, 128)
-    portraits.grow.cache_clear()
+    grow.cache_clear()
     head_surface.cache_clear()
     again = person(3, 25, 128)
     assert np.array_equal(first.image, again.image)
