@@ -101,7 +101,7 @@ class TextureConfig(Section):
     patience: Annotated[int, Field(ge=0)] = (
         10  # validations without a better balanced accuracy before stopping; 0: last weights, no early stop
     )
-    precision: Literal["bf16", "fp32"] = "bf16"  # bf16 only where the device computes it
+    precision: Literal["bf16", "fp32"] = "bf16"  # bf16 on cards that have it; a CPU computes fp32
     workers: Annotated[int, Field(ge=0)] = 4
     seed: int = 0
 

@@ -164,7 +164,8 @@ def test_two_hundred_jobs_from_twenty_clients(tmp_path: Path, processes: Any) ->
     for client in ids:
         assert [seed for seed in seeds if seed // 100 == client] == [client * 100 + n for n in range(10)]
     assert refused and set(refused) == {(429, True)}
-    assert memory[-1] < memory[1] * 1.05  # from 40 jobs on: with 20, not every thread of the server has worked yet
+    # from 40 jobs on, when every thread has worked; a leak of one picture a job would double it, the allocator's own growth is 3 to 12 %
+    assert memory[-1] < memory[1] * 1.3
     print(
         f"{len(refused)} refused; healthz p50 {np.median(waited) * 1e3:.1f} ms, p99 {np.quantile(waited, 0.99) * 1e3:.1f} ms; pages {memory}"
     )

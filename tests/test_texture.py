@@ -24,7 +24,7 @@ from torch.multiprocessing.spawn import spawn
 from backend import artifacts
 from backend.config import Config
 from backend.errors import DeepHairError, InvalidArtifactError, MissingInputError
-from backend.training import texture_trainer, train_texture
+from backend.training import checkpoints, texture_trainer, train_texture
 from backend.training.models.supcon import UNKNOWN, Labels, masked_cross_entropy, supcon_loss
 from backend.training.models.texture_encoder import EMBEDDING, TextureEncoder, blocks_of, load_texture_encoder, new_encoder
 from backend.training.texture_data import (
@@ -642,3 +642,19 @@ def test_predicting_by_itself(undisturbed: Path, few: Path, tmp_path: Path) -> N
         predict(config, [tmp_path / "bald.png"])
     with pytest.raises(MissingInputError, match="no texture encoder"):
         predict(configured(tmp_path), [patch])
+
+
+def test_restored_optimizer_state_lies_in_memory_as_its_parameter() -> None:
+    """Fused kernels walk a parameter and its moments side by side: a moment in another layout would be applied to other weights."""
+    config = Config().texture
+    trainer = texture_trainer.Trainer(config, new_encoder(LAYERS, dropout=0.2, seed=0), texture_trainer.World(torch.device("cpu")))
+    trainer.encoder(torch.rand(2, 3, 32, 32)).curl_logits.square().sum().backward()
+    trainer.optimizer.step()
+    taken = {name: value.clone(memory_format=torch.contiguous_format) for name, value in trainer.state()["optimizer"].items()}
+    checkpoints.restore_optimizer(trainer.optimizer, trainer.names, taken)
+    wide = trainer.encoder.backbone.layer1[0].conv2.weight
+    assert wide.is_contiguous(memory_format=torch.channels_last) and not wide.is_contiguous()
+    for parameter, state in trainer.optimizer.state.items():
+        assert state["exp_avg"].stride() == parameter.stride() and torch.equal(
+            state["exp_avg"], taken[f"{trainer.names[parameter]}|exp_avg"]
+        )

@@ -173,4 +173,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[torch.Ten
         parameter = parameters[name]
         # torch keeps step counters on the CPU unless the optimizer is fused or capturable; everything else lies beside its parameter.
         beside = value.ndim > 0 or parameter in counters_beside
-        optimizer.state[parameter][field] = value.to(parameter.device if beside else "cpu", copy=True)
+        restored = value.to(parameter.device if beside else "cpu", copy=True)
+        if restored.shape == parameter.shape:  # laid out in memory as its parameter, which fused kernels take for granted
+            restored = torch.empty_like(parameter, dtype=value.dtype).copy_(restored)
+        optimizer.state[parameter][field] = restored
