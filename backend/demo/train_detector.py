@@ -23,8 +23,8 @@ from backend.demo.training_data import Photo, Photos, face_ring, jittered, relig
 from backend.imaging import crop
 from backend.training import keyed
 
-SCHEDULE = train_loop.Schedule(steps=500, batch_size=8, lr=2e-3, warmup=50, average=0.98, save_every=50)
-PHOTOS = 640
+SCHEDULE = train_loop.Schedule(steps=1400, batch_size=8, lr=2e-3, warmup=50, average=0.99, save_every=100)
+PHOTOS = 1536
 _SIZES = {8: (0, 64), 16: (44, 190), 32: (150, 10_000)}
 """Longer side of the faces, in pixels of the 640 input, that each stride learns; neighbours overlap."""
 _REACH = 1.0  # cells whose centre lies this many strides from the face's centre are faces

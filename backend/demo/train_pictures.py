@@ -24,7 +24,7 @@ PHOTOS = 640
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PARSER = train_loop.Schedule(steps=800, batch_size=12, lr=1.5e-3, warmup=50, average=0.98, save_every=100)
 PERCEPTUAL = train_loop.Schedule(steps=600, batch_size=32, lr=2e-3, warmup=50, average=0.98, save_every=100)
-VAE = train_loop.Schedule(steps=1200, batch_size=16, lr=2e-3, warmup=100, weight_decay=1e-3, average=0.99, save_every=100)
+VAE = train_loop.Schedule(steps=1100, batch_size=12, lr=2e-3, warmup=100, weight_decay=1e-3, average=0.99, save_every=100)
 KL_WEIGHT = 1e-6
 SDXL_SCALING = 0.13025
 _ATTRIBUTES = {"curl": 4, "volume": 3, "length": 5, "colour": 9, "bangs": 5}
