@@ -119,6 +119,7 @@ class TrainConfig(Section):
     """Stage 2 (DESIGN 4.3)."""
 
     preset: Literal["full-12gb", "full-exact"] = "full-12gb"
+    start: AnchoredPath | None = None  # a Stage 2 checkpoint to go on from instead of the base model alone
     steps: Positive = 100_000
     batch_size: Positive = 2
     lr: Annotated[float, Field(gt=0)] = 2e-6
@@ -232,6 +233,8 @@ class Config(Section):
         plain = {key: value for key, value in self.resolved().items() if key != "paths" and (not sections or key in sections)}
         if "data" in plain:
             plain["data"] = {k: v for k, v in plain["data"].items() if k not in ("images", "labels", "workers")}
+        if "train" in plain:
+            plain["train"] = {k: v for k, v in plain["train"].items() if k != "start"}  # its content counts, not its place
         if "texture" in plain:
             plain["texture"] = {k: v for k, v in plain["texture"].items() if k not in ("keep", "workers")}
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
@@ -299,7 +302,7 @@ def _parse_override(text: str) -> tuple[str, Any]:
 
 
 def _path_keys() -> set[str]:
-    return {f"paths.{name}" for name in PathsConfig.model_fields} | {"data.images", "data.labels"}
+    return {f"paths.{name}" for name in PathsConfig.model_fields} | {"data.images", "data.labels", "train.start"}
 
 
 def _refuse_unknown(keys: Iterable[str], *, source: str) -> None:

@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from backend.training import metrics
-from backend.training.models.losses import gram_matrix, mask_aware_loss, min_snr_weight, predicted_x0, texture_consistency_loss
+from backend.training.models.losses import (
+    Prediction,
+    gram_matrix,
+    mask_aware_loss,
+    min_snr_weight,
+    predicted_x0,
+    target_of,
+    texture_consistency_loss,
+)
 from backend.training.models.perceptual import PerceptualNet
 
 
@@ -46,15 +54,35 @@ def test_an_excluded_face_has_no_gradient() -> None:
 
 def test_min_snr_by_hand() -> None:
     alphas = torch.tensor([0.9, 0.5, 0.1])  # SNR 9, 1, 1/9
-    weights = min_snr_weight(alphas, torch.tensor([0, 1, 2]), 5.0)
-    assert weights.tolist() == pytest.approx([5 / 9, 1.0, 1.0], rel=1e-5)
-    assert min_snr_weight(alphas, torch.tensor([0, 1, 2]), 0.0).tolist() == [1.0, 1.0, 1.0]
+    assert min_snr_weight("epsilon", alphas, 5.0).tolist() == pytest.approx([5 / 9, 1.0, 1.0], rel=1e-5)
+    assert min_snr_weight("v_prediction", alphas, 5.0).tolist() == pytest.approx([5 / 10, 1 / 2, (1 / 9) / (10 / 9)], rel=1e-5)
+    assert min_snr_weight("epsilon", alphas, 0.0).tolist() == [1.0, 1.0, 1.0]
+    assert min_snr_weight("v_prediction", torch.tensor([0.0]), 5.0).isfinite().all()  # zero terminal SNR
 
 
-def test_predicted_x0_inverts_the_noising() -> None:
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_predicted_x0_inverts_the_noising(kind: Prediction) -> None:
     x0, noise, alpha = torch.randn(3, 4, 5, 5), torch.randn(3, 4, 5, 5), torch.tensor([0.9, 0.5, 0.05])
     a = alpha.view(-1, 1, 1, 1)
-    assert torch.allclose(predicted_x0(a.sqrt() * x0 + (1 - a).sqrt() * noise, noise, alpha), x0, atol=1e-5)
+    target = target_of(kind, x0, noise, alpha)
+    assert torch.allclose(predicted_x0(kind, a.sqrt() * x0 + (1 - a).sqrt() * noise, target, alpha), x0, atol=1e-5)
+
+
+def test_the_targets_by_hand() -> None:
+    x0, noise, alpha = torch.full((1, 1, 1, 1), 2.0), torch.full((1, 1, 1, 1), 3.0), torch.tensor([0.64])
+    assert float(target_of("epsilon", x0, noise, alpha)) == 3.0
+    assert float(target_of("v_prediction", x0, noise, alpha)) == pytest.approx(0.8 * 3 - 0.6 * 2)
+    assert float(target_of("v_prediction", x0, noise, torch.tensor([0.0]))) == -2.0  # pure noise: only the picture is left to predict
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_the_targets_are_those_of_diffusers(kind: Prediction) -> None:
+    from diffusers import DDPMScheduler
+
+    schedule = DDPMScheduler(beta_schedule="scaled_linear", prediction_type=kind)
+    x0, noise, steps = torch.randn(3, 4, 5, 5), torch.randn(3, 4, 5, 5), torch.tensor([3, 400, 990])
+    theirs = schedule.get_velocity(x0, noise, steps) if kind == "v_prediction" else noise
+    assert torch.allclose(target_of(kind, x0, noise, schedule.alphas_cumprod[steps]), theirs, atol=1e-6)
 
 
 def test_gram_matrix_by_hand() -> None:

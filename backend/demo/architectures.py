@@ -21,7 +21,9 @@ TEXT_WIDTH = 64
 CONTEXT_WIDTH = 2 * TEXT_WIDTH
 TIME_IDS_WIDTH = 32
 MAX_TOKENS = 77
-UNET_WIDTHS = (64, 96, 128)
+STYLE_TOKENS = 16
+UNET_WIDTHS = (64, 64, 96)
+_GROUPS = 16
 FACE_PARTS = (
     "background", "skin", "nose", "eye_g", "l_eye", "r_eye", "l_brow", "r_brow", "l_ear", "r_ear", "mouth", "u_lip", "l_lip", "hair",
     "hat", "ear_r", "neck_l", "neck", "cloth",
@@ -43,6 +45,7 @@ def unet() -> UNet2DConditionModel:
         layers_per_block=1,
         transformer_layers_per_block=(1, 1, 1),
         attention_head_dim=tuple(width // 32 for width in UNET_WIDTHS),  # read by SDXL's UNets as the number of heads
+        norm_num_groups=_GROUPS,
         cross_attention_dim=CONTEXT_WIDTH,
         use_linear_projection=True,
         addition_embed_type="text_time",
@@ -64,6 +67,7 @@ def controlnet(base: UNet2DConditionModel | None = None) -> ControlNetModel:
         mid_block_type="UNetMidBlock2D",
         block_out_channels=UNET_WIDTHS,
         layers_per_block=1,
+        norm_num_groups=_GROUPS,
         cross_attention_dim=CONTEXT_WIDTH,
         use_linear_projection=True,
         addition_embed_type="text_time",
@@ -148,7 +152,11 @@ def parser() -> SegformerForSemanticSegmentation:
 
 
 def scheduler() -> EulerDiscreteScheduler:
-    """The noise schedule of stable-diffusion-xl-1.0-inpainting-0.1."""
+    """SDXL's betas rescaled to zero terminal SNR, velocity prediction, trailing steps (arXiv 2305.08891).
+
+    With SDXL's own schedule the noisiest latents still carry the picture's mean colour, the more so the smaller they are: at 16 x 16 the
+    network learns to read the hair's colour there, where it stands in training and does not in sampling, instead of in its tokens.
+    """
     from diffusers import EulerDiscreteScheduler
 
     return EulerDiscreteScheduler(
@@ -156,7 +164,7 @@ def scheduler() -> EulerDiscreteScheduler:
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
-        prediction_type="epsilon",
-        timestep_spacing="leading",
-        steps_offset=1,
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
     )

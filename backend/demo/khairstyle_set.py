@@ -24,6 +24,8 @@ from backend.demo.traits import HAIR_COLOURS
 
 DEMO: dict[str, int] = {"heads": 36, "views": 6, "size": 512, "seed": 20}
 BENCH: dict[str, int] = {"heads": 300, "views": 12, "size": 512, "seed": 21}
+LEARN: dict[str, int] = {"heads": 240, "views": 5, "size": 512, "seed": 22}
+"""What the shipped start weights of Stage 1 and Stage 2 are trained on."""
 
 FIRST_IDENTITY = 100_000  # identities of the sets; the miniature weights are trained on others (training_data)
 HEAD_SPACING = 20  # running folder indices between heads: Stage 0 takes neighbours within 16 for one client

@@ -25,12 +25,16 @@ _SDXL = "stable-diffusion/sd_xl_inpainting"
 
 @dataclass(frozen=True)
 class MiniaturePart:
-    """What is made, trained and copied together: ``paths`` (files or folders) and ``card`` are relative to the weights folder."""
+    """What is made, trained and copied together: ``paths`` (files or folders) and ``card`` are relative to the weights folder.
+
+    ``large``: a file below ``paths`` that the repository holds in 8 bits (``backend.demo.compact``); empty for none.
+    """
 
     name: str
     paths: tuple[str, ...]
     card: str
     create: Callable[[Path], None]
+    large: str = ""
 
 
 def build(out: Path, *, seed: int = 0, trained: Path = TRAINED) -> dict[str, dict[str, Any]]:
@@ -77,13 +81,17 @@ def _place(part: MiniaturePart, folder: Path, trained: Path, seed: int) -> dict[
 
 
 def copy_part(part: MiniaturePart, source: Path, target: Path) -> None:
-    """Copies a part's files, and its card where there is one, from one weights folder to another."""
+    """Copies a part's files, and its card where there is one, from one weights folder to another; 8-bit files are expanded."""
+    from backend.demo import compact
+
     for path in (*part.paths, part.card):
         (target / path).parent.mkdir(parents=True, exist_ok=True)
         if (source / path).is_dir():
             shutil.copytree(source / path, target / path, dirs_exist_ok=True)
         elif (source / path).is_file():
             shutil.copyfile(source / path, target / path)
+    if part.large:
+        compact.expand(source / part.large, target / part.large)
 
 
 # ---- the parts -----------------------------------------------------------------
@@ -192,6 +200,11 @@ def _create_resnet(folder: Path) -> None:
     from backend.demo.networks import resnet
 
     tensors = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in resnet().items()}
+    write_resnet(folder, tensors)
+
+
+def write_resnet(folder: Path, tensors: dict[str, Any]) -> None:
+    """A ResNet's tensors in torchvision's names."""
     artifacts.save_tensors(folder / "resnet50/model.safetensors", tensors, {"format": "pt"})
 
 
@@ -240,12 +253,26 @@ def _create_controlnet(folder: Path) -> None:
     write_diffusion(folder, "controlnet", architectures.controlnet())
 
 
+def _create_stage2(folder: Path) -> None:
+    """A Stage 2 checkpoint of random weights."""
+    from backend.demo import architectures
+    from backend.training.models.stage2_unet import HairInpaintingUNet
+
+    write_stage2(folder, HairInpaintingUNet(architectures.unet(), architectures.STYLE_TOKENS).state_dict())
+
+
+def write_stage2(folder: Path, tensors: Any) -> None:
+    """The weights of a Stage 2 checkpoint in half precision."""
+    artifacts.save_tensors(folder / STAGE2_START, {name: tensor.half() for name, tensor in tensors.items()}, {"format": "pt"})
+
+
+STAGE2_START = "deephair/stage2_start.safetensors"
 PARTS: tuple[MiniaturePart, ...] = (
     MiniaturePart("detector", ("face/yolov8n-face.onnx",), "face/yolov8n-face.card.json", _create_detector),
     MiniaturePart("parser", ("face-parsing",), "face-parsing/card.json", _create_parser),
     MiniaturePart("identity", ("face/adaface_ir_18.onnx",), "face/adaface_ir_18.card.json", _create_identity),
     MiniaturePart("perceptual", ("vgg16",), "vgg16/card.json", _create_perceptual),
-    MiniaturePart("resnet", ("resnet50",), "resnet50/card.json", _create_resnet),
+    MiniaturePart("resnet", ("resnet50",), "resnet50/card.json", _create_resnet, "resnet50/model.safetensors"),
     MiniaturePart(
         "text",
         tuple(f"{_SDXL}/{name}" for name in ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")),
@@ -253,6 +280,13 @@ PARTS: tuple[MiniaturePart, ...] = (
         _create_text,
     ),
     MiniaturePart("vae", (f"{_SDXL}/vae",), f"{_SDXL}/vae/card.json", _create_vae),
-    MiniaturePart("unet", (f"{_SDXL}/unet", f"{_SDXL}/scheduler", f"{_SDXL}/model_index.json"), f"{_SDXL}/unet/card.json", _create_unet),
+    MiniaturePart(
+        "unet",
+        (f"{_SDXL}/unet", f"{_SDXL}/scheduler", f"{_SDXL}/model_index.json"),
+        f"{_SDXL}/unet/card.json",
+        _create_unet,
+        f"{_SDXL}/unet/diffusion_pytorch_model.safetensors",
+    ),
     MiniaturePart("controlnet", ("controlnet",), "controlnet/card.json", _create_controlnet),
+    MiniaturePart("stage2", (STAGE2_START,), "deephair/card.json", _create_stage2, STAGE2_START),
 )

@@ -169,14 +169,14 @@ def text(weights: Path, photos: Sequence[Photo]) -> dict[str, Any]:
 
 
 def unet(weights: Path, photos: Sequence[Photo]) -> dict[str, Any]:
-    """Mean squared error of the predicted noise at timesteps 100, 300, ..., 900 on held-out head crops with the hair to fill, for the
-    true prompt and for another photo's."""
-    from backend.demo.train_diffusion import noise_errors
+    """Mean squared error of the prediction at timesteps 100, 300, ..., 900 on held-out head crops with holes to fill, for the true
+    prompt and for another photo's."""
+    from backend.demo.train_diffusion import denoising_errors
 
-    errors, shuffled = noise_errors(weights, photos)
+    errors, shuffled = denoising_errors(weights, photos)
     return {
-        "noise_mse": round(float(errors.mean()), 4),
-        "noise_mse_at": {str(t): round(float(v), 4) for t, v in zip(range(100, 1000, 200), errors, strict=True)},
-        "noise_mse_other_prompt": round(float(shuffled.mean()), 4),
+        "mse": round(float(errors.mean()), 4),
+        "mse_at": {str(t): round(float(v), 4) for t, v in zip(range(100, 1000, 200), errors, strict=True)},
+        "mse_other_prompt": round(float(shuffled.mean()), 4),
         "photos": len(photos),
     }

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import DDPMScheduler
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
@@ -20,16 +21,19 @@ from torch.nn import functional as F
 from backend.demo import architectures, miniature, train_loop, traits
 from backend.demo.portraits import HAIR, blur_face
 from backend.demo.training_data import Photo, Photos, face_ring, head_crop, jittered
-from backend.imaging import masks
+from backend.imaging import crop, masks
 from backend.training import keyed
 from backend.training.data_processing.prompts import NEUTRAL_PROMPT, prompt_from_choice
+from backend.training.models import losses
 from backend.training.models.stage2_unet import time_ids
+from backend.training.stage2_run import prediction_kind
 from backend.tryon import conditioning
 from backend.weights import folder
 
 PHOTOS = 1536
 CUTS_PER_PHOTO = 3  # differently cut, with a hole of their own
-UNET = train_loop.Schedule(steps=6000, batch_size=16, lr=4e-4, warmup=200, average=0.998, save_every=250)
+POOL = 96  # photos whose hair the holes borrow
+UNET = train_loop.Schedule(steps=8000, batch_size=16, lr=6e-4, warmup=200, average=0.998, save_every=250)
 DROP_TEXT = 0.1
 _LENGTHS = {"men": "short", "women_short": "short", "bob": "bob", "medium": "medium", "long": "long"}
 _CURLS = ("straight", "wavy", "curly", "tightly curly")
@@ -56,11 +60,11 @@ def train_text(place: train_loop.Workplace) -> dict[str, Any]:
 
 
 def train_unet(place: train_loop.Workplace) -> dict[str, Any]:
-    """Predicts the noise (SDXL's schedule) in latents of head crops from the rest of the picture, the mask and the prompt."""
+    """Denoises latents of head crops from the rest of the picture, the mask and the prompt; the target is the schedule's."""
     cuts = prepare_cuts(place.weights, Photos(place.cache, "train", PHOTOS, workers=place.workers), seed=place.seed)
     model = architectures.unet()
     schedule = architectures.scheduler()
-    alphas = torch.as_tensor(schedule.alphas_cumprod, dtype=torch.float32)
+    alphas, kind = alphas_and_kind()
     ids = time_ids(UNET.batch_size, architectures.IMAGE_SIDE)
 
     def loss_of(step: int) -> Tensor:
@@ -69,15 +73,14 @@ def train_unet(place: train_loop.Workplace) -> dict[str, Any]:
         timesteps = torch.randint(len(alphas), (UNET.batch_size,), generator=draw)
         noise = torch.randn(UNET.batch_size, *cuts.latents.shape[1:], generator=draw)
         words = torch.where(torch.rand(UNET.batch_size, generator=draw) < DROP_TEXT, len(cuts.latents), rows)
-        alpha = alphas[timesteps].view(-1, 1, 1, 1)
-        noisy = alpha.sqrt() * cuts.latents[rows] + (1 - alpha).sqrt() * noise
+        noisy = add_noise(cuts.latents[rows], noise, alphas[timesteps])
         predicted = model(
             torch.cat([noisy, cuts.mask[rows], cuts.masked_latents[rows]], dim=1),
             timesteps,
             cuts.context[words],
             added_cond_kwargs={"text_embeds": cuts.pooled[words], "time_ids": ids},
         ).sample
-        return F.mse_loss(predicted, noise)
+        return F.mse_loss(predicted, losses.target_of(kind, cuts.latents[rows], noise, alphas[timesteps]))
 
     loss = train_loop.fit("unet", model, loss_of, UNET, place)
     miniature.write_diffusion(place.weights, "unet", model)
@@ -86,24 +89,38 @@ def train_unet(place: train_loop.Workplace) -> dict[str, Any]:
     return {"steps": UNET.steps, "loss": round(loss, 4), "photos": PHOTOS}
 
 
+def alphas_and_kind() -> tuple[Tensor, losses.Prediction]:
+    """The base's cumulative alphas (1000,) as Stage 2 takes them, and what it predicts."""
+    schedule = architectures.scheduler()
+    alphas: Tensor = DDPMScheduler.from_config(schedule.config).alphas_cumprod
+    return alphas, prediction_kind(dict(schedule.config))
+
+
+def add_noise(clean: Tensor, noise: Tensor, alpha_cumprod: Tensor) -> Tensor:
+    """sqrt(a) clean + sqrt(1 - a) noise; clean and noise (B, 4, h, w), alpha_cumprod (B,)."""
+    alpha = alpha_cumprod.view(-1, 1, 1, 1)
+    return alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
+
+
 @torch.no_grad()
-def noise_errors(weights: Path, photos: Sequence[Photo]) -> tuple[Tensor, Tensor]:
-    """Mean squared error of the predicted noise, (5,) at timesteps 100, 300, ..., 900: with each cut's own prompt, with the next one's."""
+def denoising_errors(weights: Path, photos: Sequence[Photo]) -> tuple[Tensor, Tensor]:
+    """Mean squared error of the prediction, (5,) at timesteps 100, 300, ..., 900: with each cut's own prompt, with the next one's."""
     from diffusers import UNet2DConditionModel
 
     model = UNet2DConditionModel.from_pretrained(folder(weights, "inpainting") / "unet", local_files_only=True).eval()
-    alphas = torch.as_tensor(architectures.scheduler().alphas_cumprod, dtype=torch.float32)
+    alphas, kind = alphas_and_kind()
     cuts = prepare_cuts(weights, photos, seed=1, per_photo=1)
     count = len(cuts.latents)
     ids = time_ids(count, architectures.IMAGE_SIDE)
     errors = []
     for t in range(100, 1000, 200):
         noise = torch.randn(cuts.latents.shape, generator=keyed.torch_generator(1, "noise", t))
-        noisy = alphas[t].sqrt() * cuts.latents + (1 - alphas[t]).sqrt() * noise
+        alpha = alphas[t].repeat(count)
+        noisy, target = add_noise(cuts.latents, noise, alpha), losses.target_of(kind, cuts.latents, noise, alpha)
         for order in (torch.arange(count), torch.arange(count).roll(1)):
             added = {"text_embeds": cuts.pooled[order], "time_ids": ids}
             predicted = model(torch.cat([noisy, cuts.mask, cuts.masked_latents], 1), t, cuts.context[order], added_cond_kwargs=added).sample
-            errors.append(F.mse_loss(predicted, noise))
+            errors.append(F.mse_loss(predicted, target))
     own, other = torch.stack(errors).view(-1, 2).T
     return own, other
 
@@ -115,9 +132,10 @@ def prepare_cuts(weights: Path, photos: Photos | Sequence[Photo], *, seed: int, 
     text = conditioning.TextEncoders(source, device=torch.device("cpu"), dtype=torch.float32)
     rows: dict[str, list[Tensor]] = {"latents": [], "masked_latents": [], "mask": []}
     prompts: list[str] = []
+    pool = [silhouette for number in range(min(POOL, len(photos))) if (silhouette := _silhouette(photos[number])) is not None]
     for number in range(len(photos)):  # Photos has no end of its own
         rng = keyed.numpy_generator(seed, "cuts", number)
-        drawn = [_cut(photos[number], rng) for _ in range(per_photo)]
+        drawn = [_cut(photos[number], pool, rng) for _ in range(per_photo)]
         images = conditioning.to_tensor([image for image, _ in drawn])
         holes = conditioning.mask_tensor([hole for _, hole in drawn])
         rows["latents"].append(conditioning.encode_latents(vae, images)[0])
@@ -128,17 +146,33 @@ def prepare_cuts(weights: Path, photos: Photos | Sequence[Photo], *, seed: int, 
     return Cuts(torch.cat(rows["latents"]), torch.cat(rows["masked_latents"]), torch.cat(rows["mask"]), context, pooled)
 
 
-def _cut(photo: Photo, rng: np.random.Generator) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+def _silhouette(photo: Photo) -> masks.Silhouette | None:
+    square = photo.square()
+    _, parsing = head_crop(photo, square, architectures.IMAGE_SIDE)
+    return masks.Silhouette(_hair(parsing), _box_in(photo, square)) if (parsing == HAIR).any() else None
+
+
+def _hair(parsing: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return np.where(parsing == HAIR, np.uint8(255), np.uint8(0))
+
+
+def _box_in(photo: Photo, square: crop.Square) -> crop.Box | None:
+    if photo.box is None:
+        return None
+    x0, y0, x1, y1 = map(float, photo.box)
+    return square.scaled_box((x0, y0, x1, y1), architectures.IMAGE_SIDE)
+
+
+def _cut(photo: Photo, pool: Sequence[masks.Silhouette], rng: np.random.Generator) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """A head crop at 128 px and the hole to fill, uint8 0/255: the edit region, boxes and strokes anywhere, or everything."""
-    square = jittered(photo.square(), rng, (0.9, 1.15), 0.05)
+    square = jittered(photo.square(), rng, (0.9, 1.1), 0.05)
     if photo.box is not None and rng.random() < 0.6:
         photo = Photo(photo.view, blur_face(photo.image, face_ring(photo.box)), photo.parsing, photo.box, photo.landmarks)
     side = architectures.IMAGE_SIDE
     image, parsing = head_crop(photo, square, side)
     kind = rng.random()
-    if kind < 0.5:
-        box = None if photo.box is None else square.scaled_box(tuple(map(float, photo.box)), side)  # type: ignore[arg-type]
-        return image, masks.edit_region(np.where(parsing == HAIR, np.uint8(255), np.uint8(0)), box, masks.random_shape(rng))
+    if kind < 0.6:
+        return image, masks.edit_region(_hair(parsing), _box_in(photo, square), masks.random_shape(rng), masks.borrow(pool, rng))
     if kind > 0.9:
         return image, np.full((side, side), 255, np.uint8)
     hole = np.zeros((side, side), np.uint8)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from backend import artifacts
-from backend.demo import miniature
+from backend.demo import compact, miniature
 from backend.demo.train_loop import OutOfTime, Workplace
 from backend.demo.training_data import HELD_OUT_HEADS, TRAIN_HEADS, Photos, renderer_version
 
@@ -27,7 +27,7 @@ HELD_OUT_PHOTOS = 128
 
 @dataclass(frozen=True)
 class Trainer:
-    """Where a part's training function is, ``module:function``, and the function of ``scores`` that judges it."""
+    """Where a part's training function is, ``module:function``, and the function of ``scores`` that judges it (empty: it does so itself)."""
 
     function: str
     judge: str
@@ -62,7 +62,11 @@ def train_part(name: str, place: Workplace) -> None:
     module, function = trainer.function.split(":")
     torch.manual_seed(place.seed)
     card = getattr(importlib.import_module(module), function)(place)
-    scores = judge(name, place.weights, Photos(place.cache, "held_out", HELD_OUT_PHOTOS, workers=place.workers))
+    part = miniature.by_name(name)
+    if part.large:
+        compact.squeeze(place.weights / part.large)
+    held_out = HELD_OUT_PHOTOS if trainer.judge else 0
+    scores = judge(name, place.weights, Photos(place.cache, "held_out", held_out, workers=place.workers)) if held_out else card["scores"]
     logger.info("%s: %s", name, scores)
     about = {"part": name, "name": "miniature", "trained": True, "seed": place.seed, "scores": scores, "renderer": renderer_version()}
     heads = {"train_heads": [TRAIN_HEADS.start, TRAIN_HEADS.stop], "held_out_heads": [HELD_OUT_HEADS.start, HELD_OUT_HEADS.stop]}
@@ -97,6 +101,8 @@ TRAINERS: dict[str, Trainer] = {
     "perceptual": Trainer("backend.demo.train_pictures:train_perceptual", "perceptual"),
     "text": Trainer("backend.demo.train_diffusion:train_text", "text"),
     "unet": Trainer("backend.demo.train_diffusion:train_unet", "unet"),
+    "resnet": Trainer("backend.demo.train_stages:train_resnet", ""),
+    "stage2": Trainer("backend.demo.train_stages:train_stage2_start", ""),
 }
 
 if __name__ == "__main__":

@@ -10,9 +10,11 @@ from numpy.typing import NDArray
 
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels, x1 and y1 exclusive
 
-HAIR_MARGIN = 1.2  # side of the crop over the larger extent of hair and face together
-FACE_SHARE = 3.0  # side of the crop over the face's size, at least: room for hair that is longer than today's
-TOP_MARGIN = 0.1  # share of the side above the hair; the rest of the room lies below, where hair falls
+FACE_SHARE = 3.3  # side of the crop over the face's size: the longest hair has room, whatever today's is
+FACE_TOP = 0.8  # room above the face box, in its sizes; the rest lies below, where hair falls
+HAIR_MARGIN = 1.2  # seen from behind: side of the crop over the hair's larger extent, at least
+HAIR_SHARE = 2.1  # and over its width, at least: about what FACE_SHARE gives, long hair or short
+TOP_MARGIN = 0.1  # seen from behind: share of the side above the hair
 
 
 @dataclass(frozen=True)
@@ -33,19 +35,15 @@ class Square:
         return (float(x0), float(y0), float(x1), float(y1))
 
 
-def union(*boxes: Box | None) -> Box | None:
-    """The smallest box around all that are given."""
-    given = [box for box in boxes if box is not None]
-    if not given:
-        return None
-    x0, y0, x1, y1 = zip(*given, strict=True)
-    return (min(x0), min(y0), max(x1), max(y1))
-
-
 def mask_box(mask: NDArray[np.uint8]) -> Box | None:
     """The bounding box of a mask's non-zero pixels, None when it is empty."""
     x, y, width, height = cv2.boundingRect(mask)
     return (float(x), float(y), float(x + width), float(y + height)) if width and height else None
+
+
+def scaled_box(box: Box, scale: float) -> Box:
+    """The box of the same place in a picture that is ``scale`` times as large."""
+    return (box[0] * scale, box[1] * scale, box[2] * scale, box[3] * scale)
 
 
 def rings_box(rings: list[NDArray[np.float64]] | tuple[NDArray[np.float64], ...]) -> Box | None:
@@ -58,20 +56,27 @@ def rings_box(rings: list[NDArray[np.float64]] | tuple[NDArray[np.float64], ...]
 
 
 def head_square(hair_box: Box | None, face_box: Box | None, frame: tuple[int, int]) -> Square:
-    """The square around hair and face. Without a face (a back view) it follows the hair alone.
+    """The square around a head, anchored at the face: its place and scale say nothing about the hair that is to be learnt or replaced.
 
+    Hair that would leave the square enlarges it. Without a face (a view from behind) it follows the hair's width.
     frame: the photo's (width, height); a square that fits is moved inside it, so that little has to be made up beyond the edge (heads
     often touch the upper one). Raises ValueError when both boxes are None.
     """
-    box = union(hair_box, face_box)
-    if box is None:
+    if face_box is not None:
+        size = max(face_box[2] - face_box[0], face_box[3] - face_box[1])
+        side = max(FACE_SHARE * size, 8.0)
+        left, top = (face_box[0] + face_box[2] - side) / 2, face_box[1] - FACE_TOP * size
+        if hair_box is not None:
+            beyond = max(left - hair_box[0], hair_box[2] - left - side, top - hair_box[1], hair_box[3] - top - side, 0.0)
+            side, left, top = side + 2 * beyond, left - beyond, top - beyond
+    elif hair_box is not None:
+        width, height = hair_box[2] - hair_box[0], hair_box[3] - hair_box[1]
+        side = max(HAIR_SHARE * width, HAIR_MARGIN * height, 8.0)
+        left, top = (hair_box[0] + hair_box[2] - side) / 2, hair_box[1] - TOP_MARGIN * side
+    else:
         raise ValueError("a head crop needs a hair box or a face box")
-    extent = max(box[2] - box[0], box[3] - box[1])
-    face = max(face_box[2] - face_box[0], face_box[3] - face_box[1]) if face_box else 0.0
-    side = max(HAIR_MARGIN * extent, FACE_SHARE * face, 8.0)
     whole = round(side)
-    left, top = round((box[0] + box[2]) / 2 - side / 2), round(box[1] - TOP_MARGIN * side)
-    return Square(_inside(left, whole, frame[0]), _inside(top, whole, frame[1]), whole)
+    return Square(_inside(round(left), whole, frame[0]), _inside(round(top), whole, frame[1]), whole)
 
 
 def _inside(start: int, side: int, limit: int) -> int:

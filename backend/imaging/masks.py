@@ -2,7 +2,7 @@
 
 The silhouette of the hair tells the answer in training and is unknown when serving. So the edit region is anchored at the face: the
 head, and curtains beside it down to the frame's lower edge, whether the hair is long or short. In training its measures are drawn at
-random, independent of the hair; the hair itself, grown by a margin, is always inside.
+random, independent of the hair; the hair itself, grown by a margin, is always inside, and so are silhouettes of other people's hair.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from backend.imaging.crop import Box, mask_box
 
+NECK_END = 1.25  # lower end of the spared neck, in face heights below the face's upper edge: hair hangs over the chest
 _SHIFT = 4  # sub-pixel bits of cv2.fillPoly
 
 
@@ -65,11 +66,35 @@ def random_shape(rng: np.random.Generator) -> RegionShape:
     )
 
 
-def edit_region(hair: NDArray[np.uint8], face_box: Box | None, shape: RegionShape | None = None) -> NDArray[np.uint8]:
+@dataclass(frozen=True)
+class Silhouette:
+    """Somebody's hair for ``edit_region`` to borrow: hair (S, S) uint8 0/255 with its face box in the same pixels, or None."""
+
+    hair: NDArray[np.uint8]
+    face_box: Box | None
+
+
+BORROWED = 2  # silhouettes joined to each training region
+
+
+def borrow(pool: Sequence[Silhouette], rng: np.random.Generator) -> list[Silhouette]:
+    """Two silhouettes of the larger half of ``pool``, for one training sample; none of an empty pool."""
+    ranked = sorted(pool, key=lambda one: int((one.hair > 0).sum()) / one.hair.size)
+    large = ranked[len(ranked) // 2 :]
+    return [large[int(k)] for k in rng.integers(len(large), size=BORROWED)] if large else []
+
+
+def edit_region(
+    hair: NDArray[np.uint8], face_box: Box | None, shape: RegionShape | None = None, borrowed: Sequence[Silhouette] = ()
+) -> NDArray[np.uint8]:
     """Where hair may be painted, (S, S) uint8 0/255, in the head crop.
 
     hair: the present hair's mask, (S, S) 0/255, may be empty. face_box: in the crop's pixels, from brows to chin as detectors give it;
     None for a back view, where the head is taken from the hair's own box. The face below the brows is left out.
+
+    borrowed: hair of other people, laid over this head, for training. When serving, the region holds the hair that goes, which says
+    nothing about the hair that comes; in training they are the same hair, and its outline beyond the curtains told its length
+    (docs/method.md).
     """
     shape = shape or RegionShape()
     side = hair.shape[0]
@@ -80,7 +105,20 @@ def edit_region(hair: NDArray[np.uint8], face_box: Box | None, shape: RegionShap
     region = _head_and_curtains(anchor, shape, side)
     if face_box is not None:
         region[_face_opening(face_box, side) > 0] = 0
+    for other in borrowed:
+        region = np.maximum(region, grow(_laid_over(other, anchor, side), shape.margin * side))
     return np.maximum(region, grown)
+
+
+def _laid_over(other: Silhouette, anchor: Box, side: int) -> NDArray[np.uint8]:
+    """The hair moved and scaled so that its face lies on ``anchor``."""
+    own = other.face_box or _face_from_hair(other.hair)
+    if own is None:
+        return np.zeros((side, side), np.uint8)
+    scale = max(anchor[2] - anchor[0], anchor[3] - anchor[1]) / max(own[2] - own[0], own[3] - own[1], 1e-6)
+    across = (anchor[0] + anchor[2]) / 2 - scale * (own[0] + own[2]) / 2
+    matrix = np.array([[scale, 0, across], [0, scale, anchor[1] - scale * own[1]]], np.float32)
+    return cv2.warpAffine(other.hair, matrix, (side, side), flags=cv2.INTER_NEAREST).astype(np.uint8, copy=False)
 
 
 def _face_from_hair(hair: NDArray[np.uint8]) -> Box | None:
@@ -108,11 +146,12 @@ def _head_and_curtains(face: Box, shape: RegionShape, side: int) -> NDArray[np.u
 
 
 def _face_opening(face: Box, side: int) -> NDArray[np.uint8]:
-    """The face below the brows, chin and front of the neck: what is never repainted unless hair lies on it today."""
+    """The face below the brows, chin and front of the neck: what is never repainted unless hair lies on it, today's or a borrowed one."""
     x0, y0, x1, y1 = face
     width, height, centre = x1 - x0, y1 - y0, (x0 + x1) / 2
     opening = np.zeros((side, side), np.uint8)
     cv2.ellipse(opening, (round(centre), round(y0 + 0.58 * height)), (round(0.42 * width), round(0.5 * height)), 0, 0, 360, 255, -1)
-    cv2.rectangle(opening, (round(centre - 0.22 * width), round(y0 + 0.9 * height)), (round(centre + 0.22 * width), side), 255, -1)
+    neck = round(y0 + 0.9 * height), round(y0 + NECK_END * height)
+    cv2.rectangle(opening, (round(centre - 0.22 * width), neck[0]), (round(centre + 0.22 * width), neck[1]), 255, -1)
     opening[: max(0, round(y0 + 0.22 * height))] = 0
     return opening

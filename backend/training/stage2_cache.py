@@ -21,7 +21,7 @@ from backend import artifacts, console
 from backend import weights as pretrained
 from backend.config import Config
 from backend.errors import MissingInputError
-from backend.imaging import masks
+from backend.imaging import crop, masks
 from backend.imaging.decode import read_png
 from backend.training.keyed import numpy_generator
 from backend.training.models.texture_encoder import TextureEncoder
@@ -31,6 +31,9 @@ from backend.tryon import conditioning
 logger = logging.getLogger(__name__)
 
 SHARD = 256  # samples per file
+POOL = 128  # silhouettes that a split's edit regions borrow from
+POOL_SIDE = 128  # their side, px
+REGIONS = 2  # raise when edit regions are made otherwise: cached latents of the older kind are then not used
 BATCH = 8  # pictures per pass of the VAE
 
 
@@ -58,7 +61,7 @@ class CacheKey:
     def latents(self, config: Config) -> str:
         """Short digest for the folder of latents."""
         train = config.train
-        parts = [self.data, self.vae, self.texture, config.data.bald, train.mask_variants, train.style_tokens, train.seed, SHARD]
+        parts = [self.data, self.vae, self.texture, config.data.bald, train.mask_variants, train.style_tokens, train.seed, SHARD, REGIONS]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
@@ -97,27 +100,49 @@ def build_latents(config: Config, prepared: Prepared, split: str, key: CacheKey,
     missing = [start for start in shards if not _shard(folder, start // SHARD).is_file()]
     progress = console.Progress(f"latents ({split})", len(rows), unit="photo")
     progress.start_at(len(rows) - sum(min(SHARD, len(rows) - start) for start in missing))
+    pool = silhouettes(prepared, rows) if missing else []
     for start in missing:
-        tensors = _encode(config, prepared, rows[start : start + SHARD], vae, encoder, progress)
+        tensors = _encode(config, prepared, rows[start : start + SHARD], vae, encoder, pool, progress)
         artifacts.save_tensors(_shard(folder, start // SHARD), tensors, {"format": "deephair-latents-1", "key": key.latents(config)})
     return LatentCache(folder, ids)
 
 
+def silhouettes(prepared: Prepared, rows: list[dict[str, Any]]) -> list[masks.Silhouette]:
+    """Small hair masks of photos spread over ``rows``, for ``masks.borrow``."""
+    pool = []
+    for number in np.unique(np.linspace(0, len(rows) - 1, min(POOL, len(rows))).round().astype(int)):
+        sample = prepared.sample(rows[int(number)])
+        scale = POOL_SIDE / sample.hair.shape[0]
+        box = None if sample.face_box is None else crop.scaled_box(sample.face_box, scale)
+        pool.append(masks.Silhouette(crop.resize(sample.hair, POOL_SIDE), box))
+    return pool
+
+
 def _encode(
-    config: Config, prepared: Prepared, rows: list[dict[str, Any]], vae: Any, encoder: TextureEncoder, progress: console.Progress
-) -> dict[str, torch.Tensor]:
+    config: Config, prepared: Prepared, rows: list[dict[str, Any]], vae: Any, encoder: TextureEncoder, pool: list[masks.Silhouette],
+    progress: console.Progress,
+) -> dict[str, torch.Tensor]:  # fmt: skip
     columns: dict[str, list[torch.Tensor]] = {}
     for row in rows:
-        for name, value in _encode_photo(config, prepared, row, vae, encoder).items():
+        for name, value in _encode_photo(config, prepared, row, vae, encoder, pool).items():
             columns.setdefault(name, []).append(value)
         progress.update()
     return {name: torch.stack(values) for name, values in columns.items()}
 
 
-def _encode_photo(config: Config, prepared: Prepared, row: dict[str, Any], vae: Any, encoder: TextureEncoder) -> dict[str, torch.Tensor]:
+def _encode_photo(
+    config: Config, prepared: Prepared, row: dict[str, Any], vae: Any, encoder: TextureEncoder, pool: list[masks.Silhouette]
+) -> dict[str, torch.Tensor]:
     sample = prepared.sample(row)
     heads = [
-        conditioning.head_input(sample.photo, sample.hair, sample.face_box, method=config.data.bald, shape=masks.random_shape(rng))
+        conditioning.head_input(
+            sample.photo,
+            sample.hair,
+            sample.face_box,
+            method=config.data.bald,
+            shape=masks.random_shape(rng),
+            borrowed=masks.borrow(pool, rng),
+        )
         for rng in (numpy_generator(config.train.seed, "region/" + row["id"], variant) for variant in range(config.train.mask_variants))
     ]
     pictures = conditioning.to_tensor([sample.photo, *(head.bald for head in heads)])

@@ -26,7 +26,7 @@ from backend.training.keyed import batches, numpy_generator, torch_generator, wa
 from backend.training.lowmem import FusedFactoredAdam
 from backend.training.models import losses
 from backend.training.models.perceptual import load_perceptual
-from backend.training.models.stage2_unet import Conditions, HairInpaintingUNet, load_unet, time_ids, unet_config
+from backend.training.models.stage2_unet import Conditions, HairInpaintingUNet, load_start, load_unet, time_ids, unet_config
 from backend.training.models.texture_encoder import load_texture_encoder
 from backend.training.prepared import Prepared, reference_candidates
 from backend.training.stage2_cache import CacheKey, LatentCache, build_latents, build_prompts
@@ -80,6 +80,7 @@ class Stage2Run:
         self.splits = self._build_splits(prepared, key)
         self.schedule = scheduler_config(base)
         self.alphas_cumprod = _alphas_cumprod(self.schedule).to(self.device)
+        self.kind = prediction_kind(self.schedule)
         self.model = self._build_model(base)
         self.perceptual = load_perceptual(config.paths.weights)[0].to(self.device) if config.train.texture_every else None
         self.names: dict[torch.Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
@@ -102,6 +103,8 @@ class Stage2Run:
     def _build_model(self, base: Any) -> HairInpaintingUNet:
         torch.manual_seed(self.config.train.seed)  # the injector's initial weights
         model = HairInpaintingUNet(load_unet(base / "unet", self.dtype), self.config.train.style_tokens)
+        if self.config.train.start is not None:
+            load_start(model, self.config.train.start)
         model.unet.to(self.dtype)
         if self.config.train.gradient_checkpointing:
             model.unet.enable_gradient_checkpointing()
@@ -184,9 +187,11 @@ class Stage2Run:
     def _loss(self, batch: Batch, step: int) -> tuple[torch.Tensor, dict[str, float]]:
         train = self.config.train
         noisy, prediction = self._predict(batch)
-        weight = losses.min_snr_weight(self.alphas_cumprod, batch.timesteps, train.min_snr_gamma)
+        alpha = self.alphas_cumprod[batch.timesteps]
+        weight = losses.min_snr_weight(self.kind, alpha, train.min_snr_gamma)
+        target = losses.target_of(self.kind, batch.photo, batch.noise, alpha)
         loss = losses.mask_aware_loss(
-            prediction, batch.noise, batch.mask, batch.excluded, outside_weight=train.outside_weight, sample_weight=weight
+            prediction, target, batch.mask, batch.excluded, outside_weight=train.outside_weight, sample_weight=weight
         )
         parts = {"loss_mask": float(loss.detach())}
         if train.texture_every and step % train.texture_every == 0:
@@ -211,7 +216,7 @@ class Stage2Run:
         low = batch.timesteps < self.config.train.texture_max_timestep
         if not bool(low.any()):
             return None
-        clean = losses.predicted_x0(noisy[low], prediction[low], self.alphas_cumprod[batch.timesteps[low]])
+        clean = losses.predicted_x0(self.kind, noisy[low], prediction[low], self.alphas_cumprod[batch.timesteps[low]])
         mask = batch.mask[low] * (1 - batch.excluded[low])
         top, left = _densest_window(mask, self.config.train.texture_crop)
         window = np.s_[:, :, top : top + self.config.train.texture_crop, left : left + self.config.train.texture_crop]
@@ -280,8 +285,9 @@ class Stage2Run:
                 part = chosen[start : start + size]
                 batch = self.batch("val", part, number * count + start, timestep)
                 _, prediction = self._predict(batch)
+                target = losses.target_of(self.kind, batch.photo, batch.noise, self.alphas_cumprod[batch.timesteps])
                 loss = losses.mask_aware_loss(
-                    prediction, batch.noise, batch.mask, batch.excluded, outside_weight=self.config.train.outside_weight
+                    prediction, target, batch.mask, batch.excluded, outside_weight=self.config.train.outside_weight
                 )
                 total += float(loss) * len(part)
         self.loss_last = total / (count * len(VALIDATION_TIMESTEPS))
@@ -375,6 +381,14 @@ def _alphas_cumprod(schedule: dict[str, Any]) -> torch.Tensor:
 
     alphas: torch.Tensor = DDPMScheduler.from_config(schedule).alphas_cumprod
     return alphas
+
+
+def prediction_kind(schedule: dict[str, Any]) -> losses.Prediction:
+    """What the base model predicts. Raises UsageError for a kind that Stage 2 does not train."""
+    kind = schedule.get("prediction_type", "epsilon")
+    if kind not in ("epsilon", "v_prediction"):
+        raise UsageError(f"the base model predicts '{kind}'; Stage 2 trains epsilon and v_prediction")
+    return "v_prediction" if kind == "v_prediction" else "epsilon"
 
 
 def _densest_window(mask: torch.Tensor, side: int) -> tuple[int, int]:

@@ -31,6 +31,7 @@ SPLITS = ("train", "val", "test")
 MEMORY_BUDGET = 2 << 30  # bytes of decoded patches that are kept; beyond it each step decodes its own
 LOWEST_SCALE = 0.75  # of a view's crop: a narrower one would make waves look like another class's
 LARGEST_TURN = 20.0  # degrees
+WHOLE_WEIGHT = 1 / 3  # how often a head's style picture is drawn, over how often its patches are
 
 Ints = NDArray[np.int64]
 Pictures = NDArray[np.uint8]
@@ -41,6 +42,8 @@ class PatchTable:
     """The patches of one split, sorted as in metadata.jsonl. All arrays are int64 (N,); labels are UNKNOWN where there is none.
 
     photo and group number the photo and the head of each patch; ``photo_ids`` and ``group_names`` are what the numbers stand for.
+    ``whole`` is 1 for style pictures: the training split has them too, since Stage 2 shows the encoder such pictures. They teach curl; the
+    width of strands, which volume is about, cannot be seen at their scale.
     """
 
     paths: tuple[Path, ...]
@@ -48,6 +51,7 @@ class PatchTable:
     group: Ints
     curl: Ints
     volume: Ints
+    whole: Ints
     photo_ids: tuple[str, ...]
     group_names: tuple[str, ...]
 
@@ -61,6 +65,9 @@ class PatchTable:
         )
 
 
+_Row = tuple[Path, str, str, int, int, int]
+
+
 def read_patch_tables(processed: Path) -> dict[str, PatchTable]:
     """The patches of train, val and test below a Stage 0 output folder.
 
@@ -69,7 +76,7 @@ def read_patch_tables(processed: Path) -> dict[str, PatchTable]:
     metadata = processed / "metadata.jsonl"
     if not metadata.is_file():
         raise MissingInputError(f"there is no {metadata}", hint="run 'deephair prepare' first")
-    rows: dict[str, list[tuple[Path, str, str, int, int]]] = {split: [] for split in SPLITS}
+    rows: dict[str, list[_Row]] = {split: [] for split in SPLITS}
     side_of: dict[str, str] = {}
     for row in artifacts.iter_jsonl(metadata):
         split, group = row["split"], row["group"]
@@ -79,7 +86,9 @@ def read_patch_tables(processed: Path) -> dict[str, PatchTable]:
                 hint="a head must lie in one of train, val and test; run 'deephair prepare' again",
             )
         curl, volume = _label(row, "curl", 4), _label(row, "volume", 3)
-        rows[split] += [(processed / name, row["id"], group, curl, volume) for name in row["patches"]]
+        rows[split] += [(processed / name, row["id"], group, curl, volume, 0) for name in row["patches"]]
+        if split == "train":
+            rows[split].append((processed / row["files"]["style"], row["id"], group, curl, UNKNOWN, 1))
     return {split: _table(found) for split, found in rows.items()}
 
 
@@ -92,12 +101,12 @@ def _label(row: dict[str, object], name: str, classes: int) -> int:
     return value
 
 
-def _table(rows: list[tuple[Path, str, str, int, int]]) -> PatchTable:
+def _table(rows: list[_Row]) -> PatchTable:
     photos = {name: number for number, name in enumerate(dict.fromkeys(row[1] for row in rows))}
     groups = {name: number for number, name in enumerate(dict.fromkeys(row[2] for row in rows))}
-    numbers = np.array([(photos[row[1]], groups[row[2]], row[3], row[4]) for row in rows], np.int64).reshape(-1, 4)
-    photo, group, curl, volume = numbers.T
-    return PatchTable(tuple(row[0] for row in rows), photo, group, curl, volume, tuple(photos), tuple(groups))
+    numbers = np.array([(photos[row[1]], groups[row[2]], *row[3:]) for row in rows], np.int64).reshape(-1, 5)
+    photo, group, curl, volume, whole = numbers.T
+    return PatchTable(tuple(row[0] for row in rows), photo, group, curl, volume, whole, tuple(photos), tuple(groups))
 
 
 def raked_shares(counts: NDArray[np.float64], rounds: int = 100) -> NDArray[np.float64]:
@@ -143,9 +152,10 @@ class BalancedSampler:
         starts = np.flatnonzero(np.r_[True, (keys[:, 1:] != keys[:, :-1]).any(axis=0)])
         self._bounds = np.r_[starts, len(self._patches)]  # one bucket for each head in each cell
         self._buckets = {int(c): np.flatnonzero(keys[0, starts] == c) for c in np.unique(keys[0])}
+        weight = np.where(table.whole[self._patches[starts]] == 1, WHOLE_WEIGHT, 1.0)
         counts = np.zeros(20)
         for c, buckets in self._buckets.items():
-            counts[c] = len(buckets)
+            counts[c] = weight[buckets].sum()
         self.shares = raked_shares(counts.reshape(5, 4))  # (5, 4): curl 0..3 and unknown, volume 0..2 and unknown
 
     def patches(self, step: int) -> Ints:

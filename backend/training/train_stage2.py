@@ -20,7 +20,7 @@ from typing import Any
 
 from backend import artifacts, console, weights
 from backend.config import Config
-from backend.errors import DeepHairError, UsageError, require_all
+from backend.errors import DeepHairError, MissingInputError, UsageError, require_all
 from backend.training import results
 from backend.training.stage2_files import LATEST, PREFIX, require_texture_encoder, texture_encoder_path
 
@@ -72,7 +72,8 @@ def run_digest(config: Config) -> str:
 
     prepared = Prepared(config.paths.processed)
     texture = artifacts.sha256_file(texture_encoder_path(config))
-    return f"{config.digest('train', 'data')}/{prepared.digest}/{texture}"
+    start = "" if config.train.start is None else f"/{artifacts.sha256_file(config.train.start)}"
+    return f"{config.digest('train', 'data')}/{prepared.digest}/{texture}{start}"
 
 
 def train(config: Config, *, resume: bool = True) -> dict[str, Any]:
@@ -107,7 +108,17 @@ def check_inputs(config: Config) -> None:
         lambda: results.require_prepared(config),
         lambda: require_texture_encoder(config),
         lambda: weights.require(config.paths.weights, "inpainting", "perceptual"),
+        lambda: _require_start(config),
     )
+
+
+def _require_start(config: Config) -> None:
+    start = config.train.start
+    if start is not None and not start.is_file():
+        raise MissingInputError(
+            f"train.start names {start}, which is not there",
+            hint="give a Stage 2 checkpoint, or leave train.start out to begin at the base",
+        )
 
 
 def _refuse_to_overwrite(config: Config) -> None:

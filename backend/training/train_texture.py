@@ -28,6 +28,7 @@ PREFIX = "stage1"
 RESULT, BEST, METRICS, REPORT = "texture_encoder.safetensors", "stage1_best.safetensors", "stage1_metrics.json", "stage1_report.html"
 VALIDATION_PATCHES = 4096  # looked at on the way; the end looks at more
 LOG_EVERY = 10
+RECIPE = 2  # raise when Stage 1 learns from other pictures or in another way: older results are then not taken for its own
 
 OnProgress = Callable[[int, int, dict[str, float]], None]
 
@@ -42,7 +43,9 @@ class Identity:
 
     def header(self) -> dict[str, Any]:
         """For the header of every file that Stage 1 writes."""
-        return {"config_digest": self.config_digest, "data_digest": self.data_digest, "start_sha256": self.start_sha256}
+        return {
+            "config_digest": self.config_digest, "data_digest": self.data_digest, "start_sha256": self.start_sha256, "recipe": RECIPE,
+        }  # fmt: skip
 
     def made(self, header: dict[str, Any]) -> bool:
         """Whether a file with this header came from the same settings, data and start."""

@@ -36,13 +36,15 @@ def head_input(
     *,
     method: bald.Method,
     shape: masks.RegionShape | None = None,
+    borrowed: Sequence[masks.Silhouette] = (),
 ) -> HeadInput:
     """The edit region of a head crop and the crop with that region filled.
 
     The whole region is filled, not only the hair: a fill that ended where the hair ends would show its outline to the network.
-    photo: (S, S, 3) uint8 RGB; hair: (S, S) 0/255; shape: random measures in training, None when serving.
+    photo: (S, S, 3) uint8 RGB; hair: (S, S) 0/255; shape, borrowed: random in training, see
+    ``masks.edit_region``; nothing when serving.
     """
-    region = masks.edit_region(hair, face_box, shape)
+    region = masks.edit_region(hair, face_box, shape, borrowed)
     return HeadInput(region, bald.remove_hair(photo, region, face_box, method))
 
 

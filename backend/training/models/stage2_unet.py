@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from backend import artifacts
 from backend.errors import InvalidArtifactError
 
 STYLE_WIDTH = 2048  # the Stage 1 embedding
@@ -133,6 +134,22 @@ def load_unet(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
         raise InvalidArtifactError(f"the UNet in {folder} cannot be loaded: {error}") from error
     _require_sdxl(unet.config, folder)
     return widen_conv_in(unet)
+
+
+def load_start(model: HairInpaintingUNet, path: Path) -> None:
+    """Fills the network from a Stage 2 checkpoint's weights (``unet.*`` and ``injector.*``), whatever precision they are stored in.
+
+    Raises InvalidArtifactError when tensors are missing, left over, of another shape or not finite.
+    """
+    tensors = artifacts.load_tensors(path)
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise InvalidArtifactError(
+            f"{path} does not fit this network: {error}", hint="the same base model and train.style_tokens are needed"
+        ) from error
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in model.state_dict().values()):
+        raise InvalidArtifactError(f"{path} holds values that are not finite")
 
 
 def empty_unet(config: dict[str, Any]) -> Any:
