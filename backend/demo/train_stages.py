@@ -1,0 +1,66 @@
+"""The parts that the product's own stages train: a ResNet start for Stage 1 and a checkpoint for Stage 2 to go on from.
+
+Both come out of ``configs/miniature.yaml`` on a set of heads of its own (``khairstyle_set.LEARN``), by the code that users run, from the
+parts that are trained before them. Neither has seen a head of the demo or the bench set.
+"""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+from backend import artifacts
+from backend.config import REPO_ROOT, Config, load_config
+from backend.demo import miniature, train_loop, world
+from backend.errors import MissingInputError
+from backend.training import checkpoints, train_stage2
+from backend.training.prepare_dataset_deephair import prepare
+from backend.training.stage2_files import PREFIX
+from backend.training.train_texture import RESULT, train_texture
+
+_BACKBONE = "backbone."
+
+
+def train_resnet(place: train_loop.Workplace) -> dict[str, Any]:
+    """Stage 0 and Stage 1 on the learning set; the encoder's ResNet is the part, its heads stay behind."""
+    config = _world(place)
+    prepare(config)
+    result = train_texture(config)
+    encoder = artifacts.load_tensors(config.paths.checkpoints / RESULT)
+    backbone = {name.removeprefix(_BACKBONE): tensor for name, tensor in encoder.items() if name.startswith(_BACKBONE)}
+    miniature.write_resnet(
+        place.weights, {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in backbone.items()}
+    )
+    scores = {name: value for name, value in result.items() if "balanced_accuracy" in name}
+    return {"steps": result["steps"], "set": "learn", "scores": scores}
+
+
+def train_stage2_start(place: train_loop.Workplace) -> dict[str, Any]:
+    """Stage 2 on the learning set with the encoder of ``train_resnet``, from the base UNet."""
+    config = _world(place)
+    result = train_stage2.train(config)
+    newest = checkpoints.newest(config.paths.checkpoints, PREFIX)
+    if newest is None:
+        raise MissingInputError(f"Stage 2 left no checkpoint in {config.paths.checkpoints}")
+    miniature.write_stage2(place.weights, newest.weights)
+    return {"steps": result["steps"], "set": "learn", "scores": {name: result[name] for name in ("loss_first", "loss_last")}}
+
+
+def _world(place: train_loop.Workplace) -> Config:
+    """The configuration with its folders in the workplace, the set rendered, and the trained parts so far as pretrained weights.
+
+    Results of these two functions are left out, so that a second run starts where the first did.
+    """
+    root = place.checkpoints.parent / "learn"
+    folders = ("processed", "checkpoints", "models", "report", "jobs")
+    overrides = [f"paths.{name}={root / name}" for name in folders] + [f"paths.weights={root / 'pretrained'}"]
+    overrides += [f"data.{name}={root / 'khairstyle' / name}" for name in ("images", "labels")]
+    config = load_config(REPO_ROOT / "configs" / "miniature.yaml", overrides)
+    for folder in ("pretrained", "trained"):
+        shutil.rmtree(root / folder, ignore_errors=True)
+    for part in miniature.PARTS:
+        if part.name not in ("resnet", "stage2") and (place.weights / part.card).is_file():
+            miniature.copy_part(part, place.weights, root / "trained")
+    miniature.build(root / "pretrained", seed=place.seed, trained=root / "trained")
+    world.build_world(config, "learn")
+    return config
