@@ -38,6 +38,7 @@ SETTINGS = {
     "evaluate.bootstrap": 100,
     "evaluate.pictures": 2,
     "sample.steps": 3,
+    "gate.force": "six steps on eleven heads are no evidence",
 }
 
 
@@ -50,7 +51,8 @@ class World:
     def arguments(self, **changes: object) -> list[str]:
         """The command line that works in this folder; ``changes`` use __ for the dot."""
         paths = {"data.images": "photos", "data.labels": "labels", "paths.processed": "processed", "paths.checkpoints": "checkpoints",
-                 "paths.models": "models", "paths.report": "report", "paths.weights": "weights", "paths.jobs": "jobs"}  # fmt: skip
+                 "paths.models": "models", "paths.report": "report", "paths.weights": "weights", "paths.jobs": "jobs",
+                 "train.start": "weights/deephair/stage2_start.safetensors"}  # fmt: skip
         settings = {**SETTINGS, **{key: self.root / folder for key, folder in paths.items()}}
         settings |= {key.replace("__", "."): value for key, value in changes.items()}
         return ["--config", str(REPO_ROOT / "configs/demo.yaml"), *(f"{key}={value}" for key, value in settings.items())]

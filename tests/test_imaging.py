@@ -123,6 +123,20 @@ def test_the_square_holds_hair_and_face_and_leaves_room_below() -> None:
     assert long.y0 + long.side >= 900
 
 
+def test_the_square_of_a_face_is_the_same_whatever_hair_lies_inside_it() -> None:
+    """A crop that followed the hair told its length by the size of the face (benchmarks/mask_leak.py)."""
+    face, frame = (450.0, 320.0, 550.0, 440.0), (1000, 1200)
+    bald_head = crop.head_square(None, face, frame)
+    assert crop.head_square((440, 260, 560, 330), face, frame) == crop.head_square((400, 250, 600, 590), face, frame) == bald_head
+    beyond = crop.head_square((400, 250, 600, 900), face, frame)
+    assert beyond.side > bald_head.side and beyond.y0 + beyond.side >= 900
+
+
+def test_from_behind_long_and_short_hair_give_one_scale() -> None:
+    short, long = (crop.head_square((400, 300, 600, bottom), None, (1000, 1200)) for bottom in (480, 640))
+    assert short.side == long.side
+
+
 def test_a_square_that_fits_the_frame_lies_inside_it() -> None:
     touching_the_top = crop.head_square((200, 0, 300, 150), (220, 60, 280, 140), (512, 512))
     assert touching_the_top.y0 == 0 and touching_the_top.x0 >= 0
@@ -181,6 +195,41 @@ def test_the_edit_region_holds_the_hair_and_spares_the_face() -> None:
     assert masks.edit_region(np.zeros((128, 128), np.uint8), None).sum() == 0
     behind = masks.edit_region(hair, None)
     assert (behind[hair > 0] == 255).all() and behind.sum() > hair.sum()
+
+
+def test_borrowed_silhouettes_are_laid_over_the_face_and_join_the_region() -> None:
+    hair = np.zeros((128, 128), np.uint8)
+    hair[30:45, 50:78] = 255
+    other = np.zeros((256, 256), np.uint8)
+    other[40:250, 10:30] = 255  # far left of the face, beyond the curtains
+    x0, y0, x1, y1 = FACE
+    silhouette = masks.Silhouette(other, (2 * x0, 2 * y0, 2 * x1, 2 * y1))  # the same head at twice the size
+    shape = masks.RegionShape(margin=0.0)
+    alone, joined = masks.edit_region(hair, FACE, shape), masks.edit_region(hair, FACE, shape, [silhouette])
+    added = (joined > 0) & (alone == 0)
+    assert added[60, 10] and (joined[alone > 0] == 255).all()
+    assert np.argwhere(added)[:, 1].max() <= 15  # columns 5..15: half the size, nowhere else
+    nothing = masks.Silhouette(np.zeros((16, 16), np.uint8), None)
+    assert np.array_equal(masks.edit_region(hair, FACE, shape, [nothing]), alone)
+
+
+def test_silhouettes_are_borrowed_from_the_larger_half() -> None:
+    pool = [masks.Silhouette(np.where(np.arange(64).reshape(8, 8) < n, 255, 0).astype(np.uint8), None) for n in (4, 40, 8, 60)]
+    drawn = [masks.borrow(pool, np.random.default_rng(seed)) for seed in range(20)]
+    assert all(len(pair) == 2 for pair in drawn)
+    assert {int((one.hair > 0).sum()) for pair in drawn for one in pair} == {40, 60}
+    assert masks.borrow([], np.random.default_rng(0)) == []
+
+
+def test_only_what_was_or_becomes_hair_is_pasted_back() -> None:
+    region, before, after = (np.zeros((128, 128), np.uint8) for _ in range(3))
+    region[10:120, 10:120] = 255
+    before[20:40, 40:80] = 255
+    after[20:90, 30:50] = 255
+    changed = masks.changed_region(region, before, after)
+    assert (changed[(before > 0) | (after > 0)] == 255).all() and not changed[region == 0].any()
+    assert changed[100, 100] == 0 and changed[60, 53] == 255 and changed[60, 60] == 0
+    assert np.array_equal(masks.changed_region(region, before, np.zeros_like(after)), region)
 
 
 # ---- bald ----

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 PHOTOS = 640
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-PARSER = train_loop.Schedule(steps=800, batch_size=12, lr=1.5e-3, warmup=50, average=0.98, save_every=100)
+PARSER_PHOTOS = 1536
+PARSER = train_loop.Schedule(steps=1600, batch_size=12, lr=1.5e-3, warmup=50, average=0.99, save_every=100)
 PERCEPTUAL = train_loop.Schedule(steps=600, batch_size=32, lr=2e-3, warmup=50, average=0.98, save_every=100)
 VAE = train_loop.Schedule(steps=1100, batch_size=12, lr=2e-3, warmup=100, weight_decay=1e-3, average=0.99, save_every=100)
 KL_WEIGHT = 1e-6
@@ -41,13 +42,14 @@ def normalised(images: list[NDArray[np.uint8]]) -> Tensor:
 
 def train_parser(place: train_loop.Workplace) -> dict[str, Any]:
     """SegFormer on head crops from tight to the whole frame, faces blurred or intact, by cross entropy."""
-    photos = Photos(place.cache, "train", PHOTOS, workers=place.workers)
+    photos = Photos(place.cache, "train", PARSER_PHOTOS, workers=place.workers)
     model = architectures.parser()
 
     def loss_of(step: int) -> Tensor:
         rng = keyed.numpy_generator(place.seed, "parser", step)
         samples = [_parser_sample(photos[int(rng.integers(len(photos)))], rng) for _ in range(PARSER.batch_size)]
-        labels = torch.from_numpy(np.stack([parsing for _, parsing in samples])).long()
+        odd = step % 2
+        labels = torch.from_numpy(np.stack([parsing[odd::2, odd::2] for _, parsing in samples])).long()  # twice the logits' side is enough
         logits = model(pixel_values=normalised([image for image, _ in samples])).logits
         return F.cross_entropy(F.interpolate(logits, size=labels.shape[1:], mode="bilinear", align_corners=False), labels)
 
@@ -63,7 +65,7 @@ def _parser_sample(photo: Photo, rng: np.random.Generator) -> tuple[NDArray[np.u
         photo = Photo(photo.view, blur_face(photo.image, face_ring(photo.box)), photo.parsing, photo.box, photo.landmarks)
     image, _ = head_crop(photo, square, small)
     _, parsing = head_crop(photo, square, architectures.PARSER_SIDE)
-    image = relight(crop.resize(image, architectures.PARSER_SIDE), rng)
+    image = crop.resize(relight(image, rng), architectures.PARSER_SIDE)
     if rng.random() < 0.5:
         image, parsing = image[:, ::-1], _MIRROR[parsing[:, ::-1]]
     return np.ascontiguousarray(image), np.ascontiguousarray(parsing)

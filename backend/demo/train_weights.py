@@ -20,6 +20,7 @@ from backend import artifacts
 from backend.demo import compact, miniature
 from backend.demo.train_loop import OutOfTime, Workplace
 from backend.demo.training_data import HELD_OUT_HEADS, TRAIN_HEADS, Photos, renderer_version
+from backend.training import results
 
 logger = logging.getLogger(__name__)
 HELD_OUT_PHOTOS = 128
@@ -69,6 +70,7 @@ def train_part(name: str, place: Workplace) -> None:
     scores = judge(name, place.weights, Photos(place.cache, "held_out", held_out, workers=place.workers)) if held_out else card["scores"]
     logger.info("%s: %s", name, scores)
     about = {"part": name, "name": "miniature", "trained": True, "seed": place.seed, "scores": scores, "renderer": renderer_version()}
+    about["commit"] = results.git_commit()
     heads = {"train_heads": [TRAIN_HEADS.start, TRAIN_HEADS.stop], "held_out_heads": [HELD_OUT_HEADS.start, HELD_OUT_HEADS.stop]}
     artifacts.write_json(card_path, about | heads | card | {"minutes": round((time.monotonic() - began) / 60, 1)})
 

@@ -121,6 +121,20 @@ def _laid_over(other: Silhouette, anchor: Box, side: int) -> NDArray[np.uint8]:
     return cv2.warpAffine(other.hair, matrix, (side, side), flags=cv2.INTER_NEAREST).astype(np.uint8, copy=False)
 
 
+CHANGED_MARGIN = 0.03  # growth of the old and the new hair, share of the crop's side
+
+
+def changed_region(region: NDArray[np.uint8], before: NDArray[np.uint8], after: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The part of the edit region that is pasted back: where hair was or has come, with a margin. All (S, S) uint8 0/255.
+
+    What was painted beside the hair (clothes, background) is thrown away for the photo's own. Without any new hair the whole region
+    stands: then the painting is to be seen as it is.
+    """
+    if not after.any():
+        return region
+    return np.minimum(region, grow(np.maximum(before, after), CHANGED_MARGIN * region.shape[0]))
+
+
 def _face_from_hair(hair: NDArray[np.uint8]) -> Box | None:
     """Seen from behind, the head fills the upper hair: a box of its width stands in for the face."""
     box = mask_box(hair)

@@ -17,20 +17,22 @@ from numpy.typing import NDArray
 from backend import console
 from backend.config import Config
 from backend.errors import MissingInputError
-from backend.imaging import composite, crop
+from backend.imaging import composite, crop, masks
 from backend.imaging.decode import read_png
-from backend.training import metrics
+from backend.training import metrics, readers
 from backend.training.data_processing.prompts import NEUTRAL_PROMPT
 from backend.training.keyed import key, numpy_generator
 from backend.training.models.perceptual import load_perceptual
 from backend.training.prepared import Prepared, Sample, reference_candidates
 from backend.tryon import conditioning
-from backend.tryon.painter import Painter, PaintRequest
+from backend.tryon.painter import Painter, PaintRequest, device_and_dtype
+from backend.tryon.segmentation import HairParser
 
 logger = logging.getLogger(__name__)
 
 PROTOCOL = "reconstruction: other view of the same hair as reference, text from the label; transfer: another head's hair, neutral text"
 FRONTAL = 60.0  # degrees of yaw: what serving accepts as a target
+IDENTITY_PHOTOS = 80  # photos that say how alike different people are
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,8 @@ class Pair:
 
 @dataclass(frozen=True)
 class Result:
-    """One painted pair. picture: the pasted-back head crop, (S, S, 3) uint8 RGB; mask: the feathered paste mask (S, S) float32."""
+    """One painted pair. picture: the pasted-back head crop, (S, S, 3) uint8 RGB; mask: the feathered paste mask (S, S) float32;
+    hair: (S, S) uint8 0/255, where the parser sees hair in the picture."""
 
     pair: Pair
     target: Sample
@@ -51,6 +54,7 @@ class Result:
     head: conditioning.HeadInput
     picture: NDArray[np.uint8]
     mask: NDArray[np.float32]
+    hair: NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,8 @@ class Evaluator:
         self._prepared = Prepared(config.paths.processed)
         self._rows = self._prepared.rows(config.evaluate.split)
         self._network, self.backbone = load_perceptual(config.paths.weights)
+        self._parser = HairParser(config.paths.weights, device=device_and_dtype(config)[0])
+        self._identity = readers.IdentityReader(config)
 
     def run(self) -> Evaluation:
         """Both protocols with all baselines. Raises MissingInputError when the split has too few heads to form a pair."""
@@ -125,15 +131,16 @@ class Evaluator:
                 f"the {settings.split} split has {len(self._rows)} photos of {len({row['group'] for row in self._rows})} heads: too few for pairs",
                 hint="prepare more photos, or choose evaluate.split=val",
             )
-        progress = console.Progress("evaluation", 2 * len(pairs) + len(same), unit="picture")
+        progress = console.Progress("evaluation", 2 * len(pairs) + 2 * len(same), unit="picture")
         transfer = self.paint(pairs, NEUTRAL_PROMPT, progress)
         shuffled = self.paint(_shuffled(pairs, settings.seed), NEUTRAL_PROMPT, progress)
         reconstruction = self.paint(same, None, progress)
-        figures = self._measure(transfer, shuffled, reconstruction)
+        unconditioned = self.paint(same, "", progress, conditioned=False)
+        figures = self._measure(transfer, shuffled, reconstruction, unconditioned)
         return Evaluation(figures, transfer, reconstruction)
 
-    def paint(self, pairs: Sequence[Pair], prompt: str | None, progress: console.Progress) -> list[Result]:
-        """Paints and pastes back every pair; prompt None takes the target's own."""
+    def paint(self, pairs: Sequence[Pair], prompt: str | None, progress: console.Progress, *, conditioned: bool = True) -> list[Result]:
+        """Paints and pastes back every pair; prompt None takes the target's own. ``conditioned`` False: no style, no identity."""
         settings = self.config.evaluate
         results: list[Result] = []
         for start in range(0, len(pairs), settings.batch_size):
@@ -145,8 +152,8 @@ class Evaluator:
             requests = [
                 PaintRequest(
                     head=head,
-                    style=read_png(self._prepared.folder / pair.reference["files"]["style"]),
-                    identity=target.identity,
+                    style=read_png(self._prepared.folder / pair.reference["files"]["style"]) if conditioned else None,
+                    identity=target.identity if conditioned else None,
                     prompt=target.prompt if prompt is None else prompt,
                     seed=key(settings.seed, "picture/" + pair.target["id"]),
                 )
@@ -155,23 +162,25 @@ class Evaluator:
             painted = conditioning.to_pictures(self._painter.paint(requests, steps=settings.steps, guidance=settings.guidance))
             for pair, head, (target, reference), picture in zip(part, heads, loaded, painted, strict=True):
                 square = crop.Square(0, 0, picture.shape[0])
-                pasted = composite.paste_back(target.photo, picture, head.region, square, self.config.sample.feather)
-                results.append(Result(pair, target, reference, head, pasted.image, pasted.mask))
+                region = masks.changed_region(head.region, target.hair, self._parser.hair(picture))
+                pasted = composite.paste_back(target.photo, picture, region, square, self.config.sample.feather)
+                hair = self._parser.hair(pasted.image)
+                results.append(Result(pair, target, reference, head, pasted.image, pasted.mask, hair))
             progress.update(len(part))
         return results
 
-    def _measure(self, transfer: list[Result], shuffled: list[Result], reconstruction: list[Result]) -> dict[str, Any]:
-        truth = [r.target.photo for r in reconstruction]
-        heads = [r.pair.target["group"] for r in reconstruction]
+    def _measure(
+        self, transfer: list[Result], shuffled: list[Result], reconstruction: list[Result], unconditioned: list[Result]
+    ) -> dict[str, Any]:
         pair_heads = [r.pair.target["group"] for r in transfer]
-        bald = [r.head.bald for r in reconstruction]
-        ceiling = self._ceiling(reconstruction)
         wanted = [_reference_colour(r) for r in transfer]
         ours = [metrics.ciede2000(_result_colour(r, r.picture), lab) for r, lab in zip(transfer, wanted, strict=True)]
         unchanged = [metrics.ciede2000(_result_colour(r, r.target.photo), lab) for r, lab in zip(transfer, wanted, strict=True)]
         # the result made for another pair's reference, held against this pair's own
         other = [metrics.ciede2000(_result_colour(r, r.picture), lab) for r, lab in zip(shuffled, wanted, strict=True)]
         changed = [float(np.abs(a.picture.astype(int) - b.picture).mean()) for a, b in zip(transfer, shuffled, strict=True)]
+        curl = self._curl(transfer, shuffled)
+        same = self._reconstruction(reconstruction, unconditioned)
         return {
             "protocol": PROTOCOL,
             "split": self.config.evaluate.split,
@@ -179,28 +188,88 @@ class Evaluator:
             "samples_reconstruction": len(reconstruction),
             "heads": len(set(pair_heads)),
             "lpips_backbone": self.backbone,
-            **self._means("lpips", metrics.lpips(self._network, [r.picture for r in reconstruction], truth), heads),
-            **self._means("masked_psnr", self._psnr(reconstruction, [r.picture for r in reconstruction]), heads),
+            **same["ours"],
             **self._means("hair_color_delta_e", ours, pair_heads),
+            **curl["ours"],
+            **self._identities(transfer),
             "outside_max_abs_diff": max(
                 metrics.outside_max_abs_diff(r.picture, r.target.photo, r.mask) for r in (*transfer, *shuffled, *reconstruction)
             ),
             "baselines": {
-                "no_op": self._means("hair_color_delta_e", unchanged, pair_heads),
+                "no_op": {**self._means("hair_color_delta_e", unchanged, pair_heads), **curl["no_op"]},
                 "shuffled_reference": {
                     **self._means("hair_color_delta_e", other, pair_heads),
                     **self._means("mean_abs_change", changed, pair_heads),
+                    **curl["shuffled_reference"],
                 },
-                "bald": {
-                    **self._means("lpips", metrics.lpips(self._network, bald, truth), heads),
-                    **self._means("masked_psnr", self._psnr(reconstruction, bald), heads),
-                },
+                "bald": same["bald"],
+                "no_conditioning": same["no_conditioning"],
             },
-            "ceiling_vae": {
-                **self._means("lpips", metrics.lpips(self._network, ceiling, truth), heads),
-                **self._means("masked_psnr", self._psnr(reconstruction, ceiling), heads),
-            },
+            "ceiling_vae": same["vae"],
+            "ceiling_reference": curl["reference"],
         }
+
+    def _reconstruction(self, results: list[Result], unconditioned: list[Result]) -> dict[str, dict[str, Any]]:
+        """LPIPS and masked PSNR of results, baselines and ceiling; each baseline with our mean gain over it, pair by pair."""
+        truth, heads = [r.target.photo for r in results], [r.pair.target["group"] for r in results]
+        pictures = {
+            "ours": [r.picture for r in results],
+            "bald": [r.head.bald for r in results],
+            "no_conditioning": [r.picture for r in unconditioned],
+            "vae": self._ceiling(results),
+        }
+        lpips = {name: metrics.lpips(self._network, made, truth) for name, made in pictures.items()}
+        psnr = {name: self._psnr(results, made) for name, made in pictures.items()}
+        figures = {name: {**self._means("lpips", lpips[name], heads), **self._means("masked_psnr", psnr[name], heads)} for name in pictures}
+        for name in ("bald", "no_conditioning"):
+            figures[name] |= self._means("lpips_gain", list(np.subtract(lpips[name], lpips["ours"])), heads)
+            figures[name] |= self._means("masked_psnr_gain", list(np.subtract(psnr["ours"], psnr[name])), heads)
+        return figures
+
+    def _curl(self, transfer: list[Result], shuffled: list[Result]) -> dict[str, dict[str, Any]]:
+        """How often Stage 1 reads the reference's curl class (its label) from the result, and from what it is held against.
+
+        ``reference``: from the reference photo itself at the same size, which a result can hardly beat. Pairs without a label are left out.
+        """
+        known = [n for n, r in enumerate(transfer) if r.pair.reference["curl"] is not None]
+        names = ("ours", "no_op", "shuffled_reference", "reference")
+        if not known:
+            return {name: {} for name in names}
+        labels = np.array([transfer[n].pair.reference["curl"] for n in known])
+        heads = [transfer[n].pair.target["group"] for n in known]
+        seen = {
+            "ours": [(transfer[n].picture, transfer[n].hair) for n in known],
+            "no_op": [(transfer[n].target.photo, transfer[n].target.hair) for n in known],
+            "shuffled_reference": [(shuffled[n].picture, shuffled[n].hair) for n in known],
+            "reference": [(transfer[n].reference.photo, transfer[n].reference.hair) for n in known],
+        }
+        figures = {}
+        for name in names:
+            pictures, hair = zip(*seen[name], strict=True)
+            read = readers.read_curl(self._painter.texture_encoder, pictures, hair, self.config.texture.image_size)
+            figures[name] = self._means("curl_agreement", list((read == labels).astype(float)), heads)
+        return figures
+
+    def _identities(self, transfer: list[Result]) -> dict[str, Any]:
+        """Similarity of target and result by the identity network, and the share above the 95th percentile of different people.
+
+        Over targets whose face is intact; the percentile is that of all intact photos of the data, head crops at the same size.
+        """
+        faces = [r for r in transfer if r.pair.target["identity_valid"] and r.pair.target["landmarks"]]
+        rows = [row for row in self._prepared.rows() if row["identity_valid"] and row["landmarks"]]
+        if not faces or len(rows) < 2:
+            return {"identity_samples": 0}
+        rows = [rows[int(n)] for n in np.unique(np.linspace(0, len(rows) - 1, min(len(rows), IDENTITY_PHOTOS)).round())]
+        known = np.stack([self._identity.embed(self._prepared.sample(row).photo, row["landmarks"]) for row in rows])
+        threshold = readers.different_people_p95(known, [row["group"] for row in rows])
+        pairs = [(r.target.photo, r.picture, r.pair.target["landmarks"]) for r in faces]
+        similar = [float(self._identity.embed(a, points) @ self._identity.embed(b, points)) for a, b, points in pairs]
+        heads = [r.pair.target["group"] for r in faces]
+        figures = {"identity_samples": len(faces), **self._means("identity_similarity", similar, heads)}
+        if threshold is not None:
+            above = [float(value > threshold) for value in similar]
+            figures |= {"identity_different_people_p95": threshold, **self._means("identity_kept", above, heads)}
+        return figures
 
     def _psnr(self, results: list[Result], pictures: Sequence[NDArray[np.uint8]]) -> list[float]:
         return [metrics.masked_psnr(picture, r.target.photo, r.target.hair) for r, picture in zip(results, pictures, strict=True)]

@@ -74,17 +74,36 @@ def _weights(summary: dict[str, Any]) -> str:
 def _figures(figures: dict[str, Any]) -> str:
     base = figures["baselines"]
     n, pairs = figures["samples_reconstruction"], figures["samples"]
+    bald, nothing, ceiling = base["bald"], base["no_conditioning"], figures["ceiling_vae"]
     rows = [
-        ["LPIPS, reconstruction (lower is better)", _shown(figures, "lpips"), f"bald image {_shown(base['bald'], 'lpips')}",
-         f"VAE alone {_shown(figures['ceiling_vae'], 'lpips')}", n],
-        ["PSNR in the hair, reconstruction, dB (higher)", _shown(figures, "masked_psnr"), f"bald image {_shown(base['bald'], 'masked_psnr')}",
-         f"VAE alone {_shown(figures['ceiling_vae'], 'masked_psnr')}", n],
-        ["hair colour difference, transfer, CIEDE2000 (lower)", _shown(figures, "hair_color_delta_e"),
-         f"unchanged photo {_shown(base['no_op'], 'hair_color_delta_e')}",
-         f"shuffled reference {_shown(base['shuffled_reference'], 'hair_color_delta_e')}", pairs],
-        ["largest change outside the mask (must be 0)", figures["outside_max_abs_diff"], "", "", pairs + n],
+        [what, _shown(figures, name), f"bald image {_shown(bald, name)}", f"no conditioning {_shown(nothing, name)}",
+         f"VAE alone {_shown(ceiling, name)}", n]
+        for what, name in (("LPIPS, reconstruction (lower is better)", "lpips"), ("PSNR in the hair, reconstruction, dB (higher)", "masked_psnr"))
     ]  # fmt: skip
-    table = html.table(["figure", "ours", "baseline", "second baseline or ceiling", "samples"], rows)
+    transfer = [("hair colour difference, transfer, CIEDE2000 (lower)", "hair_color_delta_e")]
+    transfer += [("curl class as in the reference, transfer (higher)", "curl_agreement")] if "curl_agreement" in figures else []
+    for what, name in transfer:
+        at_best = f"reference photo {_shown(figures['ceiling_reference'], name)}" if name in figures["ceiling_reference"] else ""
+        no_op, shuffled = (
+            f"{text} {_shown(base[key], name)}"
+            for key, text in (("no_op", "unchanged photo"), ("shuffled_reference", "shuffled reference"))
+        )
+        rows.append([what, _shown(figures, name), no_op, shuffled, at_best, pairs])
+    if "identity_kept" in figures:
+        people = f"different people, 95th percentile {figures['identity_different_people_p95']:.3f}"
+        rows.append(
+            [
+                "identity similarity of target and result",
+                _shown(figures, "identity_similarity"),
+                people,
+                "",
+                "",
+                figures["identity_samples"],
+            ]
+        )
+        rows.append(["results above that percentile", _shown(figures, "identity_kept"), "", "", "", figures["identity_samples"]])
+    rows.append(["largest change outside the mask (must be 0)", figures["outside_max_abs_diff"], "", "", "", pairs + n])
+    table = html.table(["figure", "ours", "baseline", "second baseline", "at best", "samples"], rows)
     note = (
         f"Means with 95 % bootstrap intervals over {figures['heads']} heads of the {figures['split']} split; "
         f"LPIPS backbone: {figures['lpips_backbone']}. {figures['protocol']}."

@@ -7,6 +7,7 @@ from typing import Any
 from backend.config import GateConfig
 
 Interval = list[float]
+IDENTITY_KEPT = 0.95  # share of results whose identity network says "the same person"
 
 
 def decide(evaluation: dict[str, Any], settings: GateConfig) -> dict[str, Any]:
@@ -39,7 +40,11 @@ def _design(figures: dict[str, Any], settings: GateConfig) -> list[str]:
 
 
 def _evidence(figures: dict[str, Any]) -> list[str]:
-    """Exact preservation, and better than every baseline with the 95 % intervals apart."""
+    """Exact preservation, and better than every baseline beyond chance.
+
+    Transfer: the 95 % intervals lie apart. Reconstruction: results and baselines are of the same photos, so the interval of the gain,
+    photo by photo, lies above zero.
+    """
     reasons = []
     if figures["outside_max_abs_diff"] != 0:
         reasons.append(f"pixels outside the mask changed by up to {figures['outside_max_abs_diff']}")
@@ -47,10 +52,25 @@ def _evidence(figures: dict[str, Any]) -> list[str]:
         reasons += _not_below(
             figures, figures["baselines"][name], "hair_color_delta_e", f"hair colour difference (CIEDE2000) against {name}"
         )
-    bald = figures["baselines"]["bald"]
-    reasons += _not_below(figures, bald, "lpips", "reconstruction LPIPS against the bald image")
-    reasons += _not_below(bald, figures, "masked_psnr", "reconstruction PSNR: the bald image's against ours")
+    if "curl_agreement" in figures:
+        shuffled = figures["baselines"]["shuffled_reference"]
+        reasons += _not_below(shuffled, figures, "curl_agreement", "curl agreement: the shuffled reference's against ours")
+    for name in ("bald", "no_conditioning"):
+        for gain, what in (("lpips_gain", "LPIPS"), ("masked_psnr_gain", "PSNR in the hair")):
+            reasons += _no_gain(figures["baselines"][name], gain, f"reconstruction {what} against {name}")
+    if figures.get("identity_kept", 1.0) < IDENTITY_KEPT:
+        reasons.append(
+            f"{figures['identity_kept']:.1%} of the results are recognised as their person, {IDENTITY_KEPT:.0%} are wanted "
+            f"(similarity above {figures['identity_different_people_p95']:.3f}, the 95th percentile of different people)"
+        )
     return reasons
+
+
+def _no_gain(baseline: dict[str, Any], name: str, what: str) -> list[str]:
+    low, high = baseline[f"{name}_ci"]
+    if low > 0:
+        return []
+    return [f"{what}: the gain {baseline[name]:.3f} [{low:.3f}, {high:.3f}] is not clearly above 0"]
 
 
 def _not_below(lower: dict[str, Any], upper: dict[str, Any], name: str, what: str) -> list[str]:

@@ -63,11 +63,11 @@ def environment(config: Config) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "libraries": {name: metadata.version(name) for name in ("torch", "diffusers", "transformers", "numpy", "opencv-python-headless")},
         "weights": weights.describe(config.paths.weights),
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(),
     }
 
 
-def _git_commit() -> str:
+def git_commit() -> str:
     try:
         done = subprocess.run(["git", "-C", str(REPO_ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):

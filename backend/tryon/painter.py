@@ -47,7 +47,7 @@ class Painter:
         inpainting = conditioning.inpainting_folder(config.paths.weights)
         self._texts = conditioning.TextEncoders(inpainting, device=self._device, dtype=dtype)
         self._remembered: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._encoder = texture_encoder.to(self._device)
+        self.texture_encoder = texture_encoder.to(self._device)
         empty_text, empty_pooled = self._text("")
         self.sampler = Sampler(
             model=model.to(self._device),
@@ -92,7 +92,7 @@ class Painter:
         tokens = self.sampler.model.injector.style_tokens
         grey = np.full((8, 8, 3), 127, np.uint8)
         styles = [
-            conditioning.style_features(self._encoder, [request.style if request.style is not None else grey], tokens)
+            conditioning.style_features(self.texture_encoder, [request.style if request.style is not None else grey], tokens)
             for request in requests
         ]
         return Conditions(

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from backend.config import Config
 from backend.errors import MissingInputError
-from backend.imaging import bald, composite, crop, patches
+from backend.imaging import bald, composite, crop, masks, patches
 from backend.training.data_processing.prompts import NEUTRAL_PROMPT
 from backend.training.models.bundle import load_bundle
 from backend.training.training_face import DetectedFace, FaceAnalyzer
@@ -108,7 +108,8 @@ class TryOn:
         steps, guidance = request.steps or self.config.sample.steps, request.guidance or self.config.sample.guidance
         painted = self._painter.paint([paint_request], steps=steps, guidance=guidance, on_step=on_step, cancelled=cancelled)
         generated = checked_output(painted, entered.region)
-        pasted = composite.paste_back(request.target, generated, entered.region, head.square, self.config.sample.feather)
+        region = masks.changed_region(entered.region, hair, self._parser.hair(generated))
+        pasted = composite.paste_back(request.target, generated, region, head.square, self.config.sample.feather)
         info = {
             "bundle_sha256": self.bundle_sha256,
             "seed": request.seed,
