@@ -180,3 +180,11 @@ def unet(weights: Path, photos: Sequence[Photo]) -> dict[str, Any]:
         "mse_other_prompt": round(float(shuffled.mean()), 4),
         "photos": len(photos),
     }
+
+
+def controlnet(weights: Path, photos: Sequence[Photo]) -> dict[str, Any]:
+    """Mean squared error of the base's prediction without the ControlNet, with it, and with another head's structure map."""
+    from backend.demo.train_diffusion import steered_errors
+
+    plain, steered, other = steered_errors(weights, [photo for photo in photos if photo.box is not None])
+    return {"mse_without": round(plain, 4), "mse": round(steered, 4), "mse_other_map": round(other, 4)}

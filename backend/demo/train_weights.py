@@ -103,6 +103,7 @@ TRAINERS: dict[str, Trainer] = {
     "perceptual": Trainer("backend.demo.train_pictures:train_perceptual", "perceptual"),
     "text": Trainer("backend.demo.train_diffusion:train_text", "text"),
     "unet": Trainer("backend.demo.train_diffusion:train_unet", "unet"),
+    "controlnet": Trainer("backend.demo.train_diffusion:train_controlnet", "controlnet"),
     "resnet": Trainer("backend.demo.train_stages:train_resnet", ""),
     "stage2": Trainer("backend.demo.train_stages:train_stage2_start", ""),
 }

@@ -147,7 +147,10 @@ class Evaluator:
             part = pairs[start : start + settings.batch_size]
             loaded = [(self._prepared.sample(pair.target), self._prepared.sample(pair.reference)) for pair in part]
             heads = [
-                conditioning.head_input(target.photo, target.hair, target.face_box, method=self.config.data.bald) for target, _ in loaded
+                conditioning.head_input(
+                    target.photo, target.hair, target.face_box, method=self.config.data.bald, landmarks=pair.target["landmarks"]
+                )
+                for pair, (target, _) in zip(part, loaded, strict=True)
             ]
             requests = [
                 PaintRequest(

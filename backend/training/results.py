@@ -68,6 +68,7 @@ def environment(config: Config) -> dict[str, Any]:
 
 
 def git_commit() -> str:
+    """The checkout's commit, "unknown" outside a checkout."""
     try:
         done = subprocess.run(["git", "-C", str(REPO_ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):

@@ -22,6 +22,7 @@ from backend.config import Config
 from backend.errors import DeepHairError, UsageError
 from backend.imaging.decode import write_png
 from backend.training import checkpoints
+from backend.training.data_processing.prompts import NEUTRAL_PROMPT
 from backend.training.keyed import batches, numpy_generator, torch_generator, warmup_cosine
 from backend.training.lowmem import FusedFactoredAdam
 from backend.training.models import losses
@@ -74,7 +75,7 @@ class Stage2Run:
         base = conditioning.inpainting_folder(config.paths.weights)
         prepared = Prepared(config.paths.processed)
         key = CacheKey.of(config, prepared, texture_encoder_path(config))
-        prompts = {row["prompt"] for row in prepared.rows()} | {""}
+        prompts = {row["prompt"] for row in prepared.rows()} | {"", NEUTRAL_PROMPT}
         self.prompts = build_prompts(config, prompts, key, device=self.device, dtype=_encoder_dtype(self.device))
         self.vae = conditioning.load_vae(base, device=self.device, dtype=_encoder_dtype(self.device))
         self.splits = self._build_splits(prepared, key)
@@ -239,14 +240,16 @@ class Stage2Run:
             variant = int(rng.integers(train.mask_variants))
             others = data.references[index] if train.reference == "other" else []
             reference = int(others[int(rng.integers(len(others)))]) if others else index
-            drops = rng.random(4) < (train.drop.text, train.drop.style, train.drop.identity, train.drop.all)
-            drop_text, drop_style, drop_identity = (bool(timestep is None and (d or drops[3])) for d in drops[:3])
+            drops = (rng.random(4) < (train.drop.text, train.drop.style, train.drop.identity, train.drop.all)) & (timestep is None)
+            drop_text, drop_style, drop_identity, drop_all = (bool(d) for d in drops)
             get = data.latents.get
-            text, text_pooled = self.prompts.get("" if drop_text else data.prompts[index])
+            # Serving with a reference says the neutral prompt, guidance the empty one: training meets both.
+            unsaid = NEUTRAL_PROMPT if rng.random() < 0.5 else ""
+            text, text_pooled = self.prompts.get("" if drop_all else unsaid if drop_text else data.prompts[index])
             texts.append(text)
             pooled.append(text_pooled)
-            style_valid.append(not drop_style)
-            valid = bool(get("identity_valid", index)) and not drop_identity
+            style_valid.append(not (drop_style or drop_all))
+            valid = bool(get("identity_valid", index)) and not (drop_identity or drop_all)
             values = {
                 "mean": get("photo_mean", index), "std": get("photo_std", index), "bald": get("bald", index)[variant],
                 "mask": get("mask", index)[variant], "excluded": get("excluded", index), "style": get("style", reference),
@@ -306,7 +309,10 @@ class Stage2Run:
         regions = [
             cv2.resize(m[0].cpu().numpy().astype(np.uint8) * 255, bald[0].shape[:2], interpolation=cv2.INTER_NEAREST) for m in batch.mask
         ]
-        heads = [conditioning.HeadInput(region.astype(np.uint8), picture) for region, picture in zip(regions, bald, strict=True)]
+        heads = [
+            conditioning.HeadInput(region.astype(np.uint8), picture, np.zeros_like(picture))
+            for region, picture in zip(regions, bald, strict=True)
+        ]
         empty_text, empty_pooled = self.prompts.get("")
         sampler = Sampler(self.model.eval(), self.vae, self.schedule, empty_text[None], empty_pooled[None])
         steps, guidance = min(20, self.config.sample.steps), self.config.sample.guidance

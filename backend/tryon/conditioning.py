@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from backend import weights as pretrained
 from backend.errors import InvalidArtifactError
-from backend.imaging import bald, crop, masks
+from backend.imaging import bald, crop, masks, structure
 from backend.training.models.stage2_unet import IDENTITY_WIDTH, Conditions
 from backend.training.models.texture_encoder import TextureEncoder
 
@@ -23,10 +23,14 @@ TOKENS = 77
 
 @dataclass(frozen=True)
 class HeadInput:
-    """One head crop as the UNet sees it. region: (S, S) uint8 0/255, where hair may be painted. bald: (S, S, 3) uint8 RGB."""
+    """One head crop as the UNet sees it. region: (S, S) uint8 0/255, where hair may be painted. bald: (S, S, 3) uint8 RGB.
+
+    structure: (S, S, 3) uint8, the head-structure map for a ControlNet.
+    """
 
     region: NDArray[np.uint8]
     bald: NDArray[np.uint8]
+    structure: NDArray[np.uint8]
 
 
 def head_input(
@@ -37,15 +41,17 @@ def head_input(
     method: bald.Method,
     shape: masks.RegionShape | None = None,
     borrowed: Sequence[masks.Silhouette] = (),
+    landmarks: Sequence[Sequence[float]] | NDArray[np.floating] | None = None,
 ) -> HeadInput:
     """The edit region of a head crop and the crop with that region filled.
 
     The whole region is filled, not only the hair: a fill that ended where the hair ends would show its outline to the network.
     photo: (S, S, 3) uint8 RGB; hair: (S, S) 0/255; shape, borrowed: random in training, see
-    ``masks.edit_region``; nothing when serving.
+    ``masks.edit_region``; nothing when serving. landmarks: (5, 2) in the crop's pixels, for the structure map.
     """
     region = masks.edit_region(hair, face_box, shape, borrowed)
-    return HeadInput(region, bald.remove_hair(photo, region, face_box, method))
+    drawn = structure.head_structure(photo.shape[0], face_box, landmarks)
+    return HeadInput(region, bald.remove_hair(photo, region, face_box, method), drawn)
 
 
 def to_tensor(pictures: Sequence[NDArray[np.uint8]]) -> torch.Tensor:

@@ -17,6 +17,7 @@ from backend.training.models.stage2_unet import Conditions, HairInpaintingUNet
 from backend.training.models.texture_encoder import TextureEncoder
 from backend.tryon import conditioning
 from backend.tryon.sampling import Sampler, sample, scheduler_config
+from backend.tryon.steering import load_controlnet
 
 
 def device_and_dtype(config: Config) -> tuple[torch.device, torch.dtype]:
@@ -55,6 +56,8 @@ class Painter:
             scheduler_config=scheduler_config(inpainting),
             empty_text=empty_text,
             empty_pooled=empty_pooled,
+            controlnet=load_controlnet(config.paths.weights, device=self._device, dtype=dtype) if config.sample.controlnet_scale else None,
+            controlnet_scale=config.sample.controlnet_scale,
         )
 
     @classmethod

@@ -97,7 +97,8 @@ class TryOn:
         assert head.face_box is not None
         hair = crop.resize(head.hair, self._resolution)
         photo = bald.smooth_face(head.photo, head.face_box) if self.config.app.smooth_face else head.photo
-        entered = head_input(photo, hair, head.face_box, method=self.config.data.bald)
+        points = head.square.scaled(face.landmarks, self._resolution)
+        entered = head_input(photo, hair, head.face_box, method=self.config.data.bald, landmarks=points)
         paint_request = PaintRequest(
             head=entered,
             style=None if request.reference is None else self.style_picture(request.reference),

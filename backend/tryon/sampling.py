@@ -13,18 +13,24 @@ from backend.errors import InvalidArtifactError
 from backend.training.keyed import torch_generator
 from backend.training.models.stage2_unet import Conditions, HairInpaintingUNet
 from backend.tryon.conditioning import HeadInput, decode_latents, encode_latents, mask_tensor, null_conditions, to_tensor
+from backend.tryon.steering import SteeredUNet
 from backend.tryon.values import Cancelled
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """The modules that sampling needs, none of them copied. empty_text (1, 77, D), empty_pooled (1, P): the encoded empty prompt."""
+    """The modules that sampling needs, none of them copied. empty_text (1, 77, D), empty_pooled (1, P): the encoded empty prompt.
+
+    controlnet: None, or one that adds its residuals ``controlnet_scale`` times.
+    """
 
     model: HairInpaintingUNet
     vae: Any
     scheduler_config: dict[str, Any]
     empty_text: torch.Tensor
     empty_pooled: torch.Tensor
+    controlnet: Any = None
+    controlnet_scale: float = 1.0
 
 
 def scheduler_config(inpainting: Path) -> dict[str, Any]:
@@ -69,13 +75,17 @@ def sample(
     injector = sampler.model.injector
     images = to_tensor([head.bald for head in heads])
     latents, _ = encode_latents(sampler.vae, images)
+    unet = sampler.model.unet
+    if sampler.controlnet is not None:
+        structure = (to_tensor([head.structure for head in heads]) + 1.0) / 2.0
+        unet = SteeredUNet(unet, sampler.controlnet, structure, sampler.controlnet_scale)
     pipeline = StableDiffusionXLInpaintPipeline(
         vae=sampler.vae,
         text_encoder=None,
         text_encoder_2=None,
         tokenizer=None,
         tokenizer_2=None,
-        unet=sampler.model.unet,
+        unet=unet,
         scheduler=EulerDiscreteScheduler.from_config(sampler.scheduler_config),
         requires_aesthetics_score=False,
         add_watermarker=False,
