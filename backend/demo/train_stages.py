@@ -11,7 +11,7 @@ from typing import Any
 
 from backend import artifacts
 from backend.config import REPO_ROOT, Config, load_config
-from backend.demo import miniature, train_loop, world
+from backend.demo import miniature, train_loop, train_textures, world
 from backend.errors import MissingInputError
 from backend.training import checkpoints, train_stage2
 from backend.training.prepare_dataset_deephair import prepare
@@ -22,8 +22,9 @@ _BACKBONE = "backbone."
 
 
 def train_resnet(place: train_loop.Workplace) -> dict[str, Any]:
-    """Stage 0 and Stage 1 on the learning set; the encoder's ResNet is the part, its heads stay behind."""
+    """Drawn strands, then Stage 0 and Stage 1 on the learning set; the encoder's ResNet is the part, its heads stay behind."""
     config = _world(place)
+    miniature.write_resnet(config.paths.weights, _half(train_textures.school(place)))
     prepare(config)
     result = train_texture(config)
     encoder = artifacts.load_tensors(config.paths.checkpoints / RESULT)
@@ -33,6 +34,10 @@ def train_resnet(place: train_loop.Workplace) -> dict[str, Any]:
     )
     scores = {name: value for name, value in result.items() if "balanced_accuracy" in name}
     return {"steps": result["steps"], "set": "learn", "scores": scores}
+
+
+def _half(tensors: dict[str, Any]) -> dict[str, Any]:
+    return {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
 
 
 def train_stage2_start(place: train_loop.Workplace) -> dict[str, Any]:
