@@ -312,13 +312,32 @@ def test_a_head_on_both_sides_and_bad_labels_are_refused(tmp_path: Path) -> None
         read_patch_tables(tmp_path)
 
 
+def test_training_sees_style_pictures_too_and_judging_does_not(tmp_path: Path) -> None:
+    """Stage 2 shows the encoder style pictures, so Stage 1 must have met some; strand width cannot be seen in them."""
+    rows = [
+        {"id": f"p{n}", "group": f"g{n}", "split": split, "curl": n % 4, "volume": n % 3, "patches": [f"{n}_{k}.png" for k in range(5)],
+         "files": {"style": f"style_vectors/{n}.png"}}
+        for n, split in enumerate(["train"] * 24 + ["val"] * 4)
+    ]  # fmt: skip
+    artifacts.write_jsonl(tmp_path / "metadata.jsonl", rows)
+    tables = read_patch_tables(tmp_path)
+    train = tables["train"]
+    assert train.whole.sum() == 24 and tables["val"].whole.sum() == 0
+    assert (train.volume[train.whole == 1] == UNKNOWN).all() and (train.curl[train.whole == 1] >= 0).all()
+    assert all("style_vectors" in str(train.paths[number]) for number in np.flatnonzero(train.whole))
+    sampler = BalancedSampler(train, batch_size=24, seed=0)
+    drawn = np.concatenate([sampler.patches(step) for step in range(100)])
+    assert train.whole[drawn].mean() == pytest.approx(0.25, abs=0.01)  # a third as often as patches
+    np.testing.assert_allclose(np.bincount(train.curl[drawn], minlength=4) / len(drawn), 0.25, atol=0.02)
+
+
 def skewed_table() -> PatchTable:
     """Class 1 has ten times the heads of the others, head 0 a hundred times the patches of the others; one head without labels."""
     heads = [(1, v) for v in (0, 1, 2) for _ in range(40)] + [(c, v) for c in (0, 2, 3) for v in (0, 1, 2) for _ in range(4)] + [(-1, -1)]
     numbers = [(h, *label) for h, label in enumerate(heads) for _ in range(300 if h == 0 else 3)]
     group, curl, volume = np.array(numbers, np.int64).T
     names = tuple(map(str, range(len(heads))))
-    return PatchTable(tuple(Path(f"{i}.png") for i in range(len(group))), group, group, curl, volume, names, names)
+    return PatchTable(tuple(Path(f"{i}.png") for i in range(len(group))), group, group, curl, volume, np.zeros_like(group), names, names)
 
 
 def test_sampling_is_balanced_over_classes_and_heads() -> None:

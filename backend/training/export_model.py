@@ -90,7 +90,7 @@ def _painter_to_measure(config: Config) -> tuple[Any, str]:
     checkpoint = checkpoints.newest(config.paths.checkpoints, PREFIX)
     if checkpoint is not None:
         _check_inputs(config)
-        return Painter(_rebuilt(checkpoint), load_texture_encoder(texture_encoder_path(config)), config), checkpoint.weights_path.name
+        return Painter(rebuilt(checkpoint), load_texture_encoder(texture_encoder_path(config)), config), checkpoint.weights_path.name
     if config.paths.bundle.is_file():
         return Painter.of_bundle(load_bundle(config.paths.bundle), config), config.paths.bundle.name
     raise MissingInputError(
@@ -190,7 +190,7 @@ def _export(config: Config, digest: str) -> dict[str, Any]:
     if checkpoint is None:
         raise InvalidArtifactError(f"no checkpoint in {config.paths.checkpoints} is whole", hint="train again; see the warnings above")
     logger.info("evaluating %s", checkpoint.weights_path.name)
-    model, encoder = _rebuilt(checkpoint), load_texture_encoder(texture_encoder_path(config))
+    model, encoder = rebuilt(checkpoint), load_texture_encoder(texture_encoder_path(config))
     painter = Painter(model, encoder, config)
     evaluation = Evaluator(config, painter).run()
     gate = decide(evaluation.figures, config.gate)
@@ -228,7 +228,7 @@ def _texture_result(config: Config) -> dict[str, Any]:
     return {key: found.get(key) for key in keys}
 
 
-def _rebuilt(checkpoint: checkpoints.Checkpoint) -> Any:
+def rebuilt(checkpoint: checkpoints.Checkpoint) -> Any:
     """The network of a Stage 2 checkpoint, in eval mode."""
     from backend.training.models.stage2_unet import HairInpaintingUNet, empty_unet
 

@@ -87,8 +87,9 @@ def read_patch_tables(processed: Path) -> dict[str, PatchTable]:
             )
         curl, volume = _label(row, "curl", 4), _label(row, "volume", 3)
         rows[split] += [(processed / name, row["id"], group, curl, volume, 0) for name in row["patches"]]
-        if split == "train":
-            rows[split].append((processed / row["files"]["style"], row["id"], group, curl, UNKNOWN, 1))
+        style = row.get("files", {}).get("style")
+        if split == "train" and style:
+            rows[split].append((processed / style, row["id"], group, curl, UNKNOWN, 1))
     return {split: _table(found) for split, found in rows.items()}
 
 
