@@ -216,7 +216,7 @@ def test_borrowed_silhouettes_are_laid_over_the_face_and_join_the_region() -> No
 def test_silhouettes_are_borrowed_from_the_larger_half() -> None:
     pool = [masks.Silhouette(np.where(np.arange(64).reshape(8, 8) < n, 255, 0).astype(np.uint8), None) for n in (4, 40, 8, 60)]
     drawn = [masks.borrow(pool, np.random.default_rng(seed)) for seed in range(20)]
-    assert all(len(pair) == 2 for pair in drawn)
+    assert all(len(pair) == masks.BORROWED for pair in drawn)
     assert {int((one.hair > 0).sum()) for pair in drawn for one in pair} == {40, 60}
     assert masks.borrow([], np.random.default_rng(0)) == []
 

@@ -58,7 +58,7 @@ def train_part(name: str, place: Workplace) -> None:
     if card_path.is_file():
         logger.info("%s is finished: %s", name, artifacts.read_json(card_path)["scores"])
         return
-    began = time.monotonic()
+    began, commit = time.monotonic(), results.git_commit()
     trainer = TRAINERS[name]
     module, function = trainer.function.split(":")
     torch.manual_seed(place.seed)
@@ -70,7 +70,7 @@ def train_part(name: str, place: Workplace) -> None:
     scores = judge(name, place.weights, Photos(place.cache, "held_out", held_out, workers=place.workers)) if held_out else card["scores"]
     logger.info("%s: %s", name, scores)
     about = {"part": name, "name": "miniature", "trained": True, "seed": place.seed, "scores": scores, "renderer": renderer_version()}
-    about["commit"] = results.git_commit()
+    about["commit"] = commit
     heads = {"train_heads": [TRAIN_HEADS.start, TRAIN_HEADS.stop], "held_out_heads": [HELD_OUT_HEADS.start, HELD_OUT_HEADS.stop]}
     artifacts.write_json(card_path, about | heads | card | {"minutes": round((time.monotonic() - began) / 60, 1)})
 

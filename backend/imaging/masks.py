@@ -74,11 +74,11 @@ class Silhouette:
     face_box: Box | None
 
 
-BORROWED = 2  # silhouettes joined to each training region
+BORROWED = 3  # silhouettes joined to each training region
 
 
 def borrow(pool: Sequence[Silhouette], rng: np.random.Generator) -> list[Silhouette]:
-    """Two silhouettes of the larger half of ``pool``, for one training sample; none of an empty pool."""
+    """Silhouettes of the larger half of ``pool``, for one training sample; none of an empty pool."""
     ranked = sorted(pool, key=lambda one: int((one.hair > 0).sum()) / one.hair.size)
     large = ranked[len(ranked) // 2 :]
     return [large[int(k)] for k in rng.integers(len(large), size=BORROWED)] if large else []

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 SHARD = 256  # samples per file
 POOL = 128  # silhouettes that a split's edit regions borrow from
 POOL_SIDE = 128  # their side, px
-REGIONS = 2  # raise when edit regions are made otherwise: cached latents of the older kind are then not used
+REGIONS = 3  # raise when edit regions are made otherwise: cached latents of the older kind are then not used
 BATCH = 8  # pictures per pass of the VAE
 
 
