@@ -28,6 +28,7 @@ from backend.training import checkpoints, texture_trainer, train_texture
 from backend.training.models.supcon import UNKNOWN, Labels, masked_cross_entropy, supcon_loss
 from backend.training.models.texture_encoder import EMBEDDING, TextureEncoder, blocks_of, load_texture_encoder, new_encoder
 from backend.training.texture_data import (
+    WINDOWS,
     BalancedSampler,
     Batch,
     PatchImages,
@@ -35,6 +36,8 @@ from backend.training.texture_data import (
     augment,
     draw_views,
     feed,
+    fit_patch,
+    hair_windows,
     read_patch_tables,
     to_unit,
 )
@@ -312,8 +315,8 @@ def test_a_head_on_both_sides_and_bad_labels_are_refused(tmp_path: Path) -> None
         read_patch_tables(tmp_path)
 
 
-def test_training_sees_style_pictures_too_and_judging_does_not(tmp_path: Path) -> None:
-    """Stage 2 shows the encoder style pictures, so Stage 1 must have met some; strand width cannot be seen in them."""
+def test_windows_of_style_pictures_teach_curl_and_not_volume(tmp_path: Path) -> None:
+    """Waves are longer than patches, and Stage 2 shows the encoder style pictures; strand width cannot be seen in them."""
     rows = [
         {"id": f"p{n}", "group": f"g{n}", "split": split, "curl": n % 4, "volume": n % 3, "patches": [f"{n}_{k}.png" for k in range(5)],
          "files": {"style": f"style_vectors/{n}.png"}}
@@ -322,13 +325,25 @@ def test_training_sees_style_pictures_too_and_judging_does_not(tmp_path: Path) -
     artifacts.write_jsonl(tmp_path / "metadata.jsonl", rows)
     tables = read_patch_tables(tmp_path)
     train = tables["train"]
-    assert train.whole.sum() == 24 and tables["val"].whole.sum() == 0
-    assert (train.volume[train.whole == 1] == UNKNOWN).all() and (train.curl[train.whole == 1] >= 0).all()
-    assert all("style_vectors" in str(train.paths[number]) for number in np.flatnonzero(train.whole))
+    windows = train.window >= 0
+    assert windows.sum() == 24 * 2 * WINDOWS and (tables["val"].window >= 0).sum() == 4 * WINDOWS
+    assert (train.volume[windows] == UNKNOWN).all() and (train.curl[windows] >= 0).all()
+    assert all("style_vectors" in str(train.paths[number]) for number in np.flatnonzero(windows))
     sampler = BalancedSampler(train, batch_size=24, seed=0)
     drawn = np.concatenate([sampler.patches(step) for step in range(100)])
-    assert train.whole[drawn].mean() == pytest.approx(0.25, abs=0.01)  # a third as often as patches
+    assert windows[drawn].mean() == pytest.approx(0.4, abs=0.01)  # two thirds as often as patches
     np.testing.assert_allclose(np.bincount(train.curl[drawn], minlength=4) / len(drawn), 0.25, atol=0.02)
+
+
+def test_windows_hold_the_hair() -> None:
+    style = np.full((224, 224, 3), (90, 60, 30), np.uint8)
+    style[112:, :112] = np.random.default_rng(0).integers(0, 256, (112, 112, 3))
+    windows = hair_windows(style, 64)
+    assert windows.shape == (WINDOWS, 64, 64, 3)
+    assert np.array_equal(windows[0], fit_patch(style, 128)[64:, :64])  # the corner that is all hair comes first
+    assert (hair_windows(np.full((224, 224, 3), 7, np.uint8), 32) == 7).all()
+    coarse = hair_windows(style, 64, coarse=True)
+    assert coarse.shape == windows.shape and coarse[0].std() < 0.8 * windows[0].std()
 
 
 def skewed_table() -> PatchTable:
@@ -337,7 +352,7 @@ def skewed_table() -> PatchTable:
     numbers = [(h, *label) for h, label in enumerate(heads) for _ in range(300 if h == 0 else 3)]
     group, curl, volume = np.array(numbers, np.int64).T
     names = tuple(map(str, range(len(heads))))
-    return PatchTable(tuple(Path(f"{i}.png") for i in range(len(group))), group, group, curl, volume, np.zeros_like(group), names, names)
+    return PatchTable(tuple(Path(f"{i}.png") for i in range(len(group))), group, group, curl, volume, np.full_like(group, -1), names, names)
 
 
 def test_sampling_is_balanced_over_classes_and_heads() -> None:

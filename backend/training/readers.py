@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from backend.config import Config
 from backend.imaging import patches
 from backend.training.models.texture_encoder import TextureEncoder
-from backend.training.texture_data import fit_patch, to_unit
+from backend.training.texture_data import WINDOWS, hair_windows, to_unit
 from backend.training.training_face import FaceAnalyzer
 
 Picture = NDArray[np.uint8]
@@ -21,15 +21,16 @@ Picture = NDArray[np.uint8]
 def read_curl(encoder: TextureEncoder, pictures: Sequence[Picture], hair: Sequence[Picture], side: int) -> NDArray[np.int64]:
     """The curl class (0..3) that Stage 1 sees in each picture's hair, (N,); -1 where there is none.
 
-    pictures: (S, S, 3) uint8 RGB; hair: (S, S) 0/255. The hair is cut out as a style picture and brought to ``side``, the size at which
-    Stage 1 learnt from style pictures.
+    pictures: (S, S, 3) uint8 RGB; hair: (S, S) 0/255. The hair is cut out as a style picture, and its windows are looked at as Stage 1
+    learnt to, at ``side`` px (``texture.image_size``).
     """
     found = np.full(len(pictures), -1, np.int64)
     visible = [number for number, mask in enumerate(hair) if mask.any()]
     for start in range(0, len(visible), 32):
         part = visible[start : start + 32]
-        cuts = np.stack([fit_patch(patches.style_picture(pictures[number], hair[number]), side) for number in part])
-        found[part] = encoder(to_unit(torch.from_numpy(cuts)).to(encoder.mean.device)).curl_logits.argmax(dim=1).cpu().numpy()
+        cuts = np.concatenate([hair_windows(patches.style_picture(pictures[number], hair[number]), side) for number in part])
+        shares = encoder(to_unit(torch.from_numpy(cuts)).to(encoder.mean.device)).curl_logits.softmax(dim=1)
+        found[part] = shares.view(len(part), WINDOWS, -1).mean(dim=1).argmax(dim=1).cpu().numpy()
     return found
 
 

@@ -31,7 +31,9 @@ SPLITS = ("train", "val", "test")
 MEMORY_BUDGET = 2 << 30  # bytes of decoded patches that are kept; beyond it each step decodes its own
 LOWEST_SCALE = 0.75  # of a view's crop: a narrower one would make waves look like another class's
 LARGEST_TURN = 20.0  # degrees
-WHOLE_WEIGHT = 1 / 3  # how often a head's style picture is drawn, over how often its patches are
+WINDOWS = 4  # windows taken from each style picture
+COARSE_SIDE = 80  # px; training also sees the windows of style pictures brought down to this side: hair in a small photo
+WINDOW_WEIGHT = 2 / 3  # how often a head's windows are drawn, over how often its patches are
 
 Ints = NDArray[np.int64]
 Pictures = NDArray[np.uint8]
@@ -42,8 +44,9 @@ class PatchTable:
     """The patches of one split, sorted as in metadata.jsonl. All arrays are int64 (N,); labels are UNKNOWN where there is none.
 
     photo and group number the photo and the head of each patch; ``photo_ids`` and ``group_names`` are what the numbers stand for.
-    ``whole`` is 1 for style pictures: the training split has them too, since Stage 2 shows the encoder such pictures. They teach curl; the
-    width of strands, which volume is about, cannot be seen at their scale.
+    ``window`` is -1 for Stage 0's patches and 0..3 for windows of a photo's style picture (``hair_windows``): waves are often longer than a
+    patch. 4..7, in training only, are the same windows of a picture that was COARSE_SIDE small. They say nothing of volume: the width of
+    strands cannot be seen at their scale.
     """
 
     paths: tuple[Path, ...]
@@ -51,7 +54,7 @@ class PatchTable:
     group: Ints
     curl: Ints
     volume: Ints
-    whole: Ints
+    window: Ints
     photo_ids: tuple[str, ...]
     group_names: tuple[str, ...]
 
@@ -86,10 +89,10 @@ def read_patch_tables(processed: Path) -> dict[str, PatchTable]:
                 hint="a head must lie in one of train, val and test; run 'deephair prepare' again",
             )
         curl, volume = _label(row, "curl", 4), _label(row, "volume", 3)
-        rows[split] += [(processed / name, row["id"], group, curl, volume, 0) for name in row["patches"]]
-        style = row.get("files", {}).get("style")
-        if split == "train" and style:
-            rows[split].append((processed / style, row["id"], group, curl, UNKNOWN, 1))
+        rows[split] += [(processed / name, row["id"], group, curl, volume, -1) for name in row["patches"]]
+        if style := row.get("files", {}).get("style"):
+            count = 2 * WINDOWS if split == "train" else WINDOWS
+            rows[split] += [(processed / style, row["id"], group, curl, UNKNOWN, window) for window in range(count)]
     return {split: _table(found) for split, found in rows.items()}
 
 
@@ -106,8 +109,8 @@ def _table(rows: list[_Row]) -> PatchTable:
     photos = {name: number for number, name in enumerate(dict.fromkeys(row[1] for row in rows))}
     groups = {name: number for number, name in enumerate(dict.fromkeys(row[2] for row in rows))}
     numbers = np.array([(photos[row[1]], groups[row[2]], *row[3:]) for row in rows], np.int64).reshape(-1, 5)
-    photo, group, curl, volume, whole = numbers.T
-    return PatchTable(tuple(row[0] for row in rows), photo, group, curl, volume, whole, tuple(photos), tuple(groups))
+    photo, group, curl, volume, window = numbers.T
+    return PatchTable(tuple(row[0] for row in rows), photo, group, curl, volume, window, tuple(photos), tuple(groups))
 
 
 def raked_shares(counts: NDArray[np.float64], rounds: int = 100) -> NDArray[np.float64]:
@@ -153,7 +156,7 @@ class BalancedSampler:
         starts = np.flatnonzero(np.r_[True, (keys[:, 1:] != keys[:, :-1]).any(axis=0)])
         self._bounds = np.r_[starts, len(self._patches)]  # one bucket for each head in each cell
         self._buckets = {int(c): np.flatnonzero(keys[0, starts] == c) for c in np.unique(keys[0])}
-        weight = np.where(table.whole[self._patches[starts]] == 1, WHOLE_WEIGHT, 1.0)
+        weight = np.where(table.window[self._patches[starts]] >= 0, WINDOW_WEIGHT, 1.0)
         counts = np.zeros(20)
         for c, buckets in self._buckets.items():
             counts[c] = weight[buckets].sum()
@@ -178,10 +181,12 @@ class PatchImages:
 
     def __init__(self, table: PatchTable, side: int, *, workers: int, budget: int = MEMORY_BUDGET) -> None:
         self.paths, self.side = table.paths, side
+        self._windows = table.window
         self._kept: Pictures | None = None
         if len(table) * side * side * 3 <= budget:
             with ThreadPoolExecutor(max(workers, 1)) as pool:
-                self._kept = np.stack([*pool.map(self._read, self.paths)]) if len(table) else np.zeros((0, side, side, 3), np.uint8)
+                numbers = range(len(table))
+                self._kept = np.stack([*pool.map(self._read, numbers)]) if len(table) else np.zeros((0, side, side, 3), np.uint8)
 
     @property
     def in_memory(self) -> bool:
@@ -192,13 +197,30 @@ class PatchImages:
         """Patches by number, (len(numbers), side, side, 3) uint8 RGB. Raises ImageError naming a file that cannot be read."""
         if self._kept is not None:
             return self._kept[numbers]
-        return np.stack([self._read(self.paths[int(number)]) for number in numbers])
+        return np.stack([self._read(int(number)) for number in numbers])
 
-    def _read(self, path: Path) -> Pictures:
+    def _read(self, number: int) -> Pictures:
+        path, window = self.paths[number], int(self._windows[number])
         image = read_png(path)
         if image.ndim != 3 or image.shape[2] != 3:
             raise InvalidArtifactError(f"{path} is not an RGB picture: its shape is {image.shape}", hint="run 'deephair prepare' again")
-        return fit_patch(image, self.side)
+        if window < 0:
+            return fit_patch(image, self.side)
+        return np.asarray(hair_windows(image, self.side, coarse=window >= WINDOWS)[window % WINDOWS])
+
+
+def hair_windows(style: Pictures, side: int, *, coarse: bool = False) -> Pictures:
+    """The four windows of a style picture that hold most hair, (4, side, side, 3) uint8: each is half its height and width.
+
+    style: (S, S, 3) uint8 as ``imaging.patches.style_picture`` makes it, one colour wherever there is no hair.
+    """
+    corners = style[[0, 0, -1, -1], [0, -1, 0, -1]]
+    fill = max(corners, key=lambda colour: int((corners == colour).all(axis=1).sum()))  # hair hardly ever reaches two corners
+    picture = fit_patch(fit_patch(style, COARSE_SIDE) if coarse else style, 2 * side)
+    covered = cv2.resize((style != fill).any(axis=2).astype(np.float32), (2 * side, 2 * side), interpolation=cv2.INTER_AREA)
+    places = [(y, x) for y in (0, side // 2, side) for x in (0, side // 2, side)]
+    places.sort(key=lambda place: -float(covered[place[0] : place[0] + side, place[1] : place[1] + side].mean()))
+    return np.stack([picture[y : y + side, x : x + side] for y, x in places[:WINDOWS]])
 
 
 def fit_patch(image: Pictures, side: int) -> Pictures:

@@ -119,16 +119,21 @@ def score(probabilities: Floats, labels: Ints, groups: Ints, names: tuple[str, .
 
 
 def score_split(probabilities: Probabilities, table: PatchTable, numbers: Ints, *, seed: int) -> dict[str, Any]:
-    """Scores of both labels, by photo (probabilities averaged over its patches: the headline) and by single patch."""
+    """Scores of both labels, by photo (probabilities averaged over its patches: the headline) and by single patch.
+
+    Curl is read from patches and from windows of the style picture, volume from patches alone.
+    """
     result: dict[str, Any] = {}
-    for name, values, labels, names in (
-        ("curl", probabilities.curl, table.curl[numbers], CURL_CLASSES),
-        ("volume", probabilities.volume, table.volume[numbers], VOLUME_CLASSES),
+    patches = table.window[numbers] < 0
+    for name, values, labels, names, kept in (
+        ("curl", probabilities.curl, table.curl[numbers], CURL_CLASSES, np.ones_like(patches)),
+        ("volume", probabilities.volume, table.volume[numbers], VOLUME_CLASSES, patches),
     ):
-        averaged, first = by_photo(values, table.photo[numbers])
+        groups = table.group[numbers][kept]
+        averaged, first = by_photo(values[kept], table.photo[numbers][kept])
         result[name] = {
-            "photo": score(averaged, labels[first], table.group[numbers[first]], names, seed=seed),
-            "patch": score(values, labels, table.group[numbers], names, seed=seed),
+            "photo": score(averaged, labels[kept][first], groups[first], names, seed=seed),
+            "patch": score(values[kept], labels[kept], groups, names, seed=seed),
         }
     return result
 

@@ -28,7 +28,7 @@ PREFIX = "stage1"
 RESULT, BEST, METRICS, REPORT = "texture_encoder.safetensors", "stage1_best.safetensors", "stage1_metrics.json", "stage1_report.html"
 VALIDATION_PATCHES = 4096  # looked at on the way; the end looks at more
 LOG_EVERY = 10
-RECIPE = 2  # raise when Stage 1 learns from other pictures or in another way: older results are then not taken for its own
+RECIPE = 3  # raise when Stage 1 learns from other pictures or in another way: older results are then not taken for its own
 
 OnProgress = Callable[[int, int, dict[str, float]], None]
 
