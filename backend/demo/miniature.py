@@ -279,7 +279,7 @@ PARTS: tuple[MiniaturePart, ...] = (
         f"{_SDXL}/text_encoder/card.json",
         _create_text,
     ),
-    MiniaturePart("vae", (f"{_SDXL}/vae",), f"{_SDXL}/vae/card.json", _create_vae),
+    MiniaturePart("vae", (f"{_SDXL}/vae",), f"{_SDXL}/vae/card.json", _create_vae, f"{_SDXL}/vae/diffusion_pytorch_model.safetensors"),
     MiniaturePart(
         "unet",
         (f"{_SDXL}/unet", f"{_SDXL}/scheduler", f"{_SDXL}/model_index.json"),
@@ -287,6 +287,8 @@ PARTS: tuple[MiniaturePart, ...] = (
         _create_unet,
         f"{_SDXL}/unet/diffusion_pytorch_model.safetensors",
     ),
-    MiniaturePart("controlnet", ("controlnet",), "controlnet/card.json", _create_controlnet),
+    MiniaturePart(
+        "controlnet", ("controlnet",), "controlnet/card.json", _create_controlnet, "controlnet/diffusion_pytorch_model.safetensors"
+    ),
     MiniaturePart("stage2", (STAGE2_START,), "deephair/card.json", _create_stage2, STAGE2_START),
 )

@@ -6,8 +6,9 @@ vocabulary of a few hundred words, random word vectors tell prompts apart, and t
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,7 +66,9 @@ def train_text(place: train_loop.Workplace) -> dict[str, Any]:
 
 def train_unet(place: train_loop.Workplace) -> dict[str, Any]:
     """Denoises latents of head crops from the rest of the picture, the mask and the prompt; the target is the schedule's."""
-    cuts = prepare_cuts(place.weights, Photos(place.cache, "train", PHOTOS, workers=place.workers), seed=place.seed)
+    photos = Photos(place.cache, "train", PHOTOS, workers=place.workers)
+    with _expanded(place.weights, "vae", "text") as parts:
+        cuts = prepare_cuts(parts, photos, seed=place.seed)
     model = architectures.unet()
     schedule = architectures.scheduler()
     alphas, kind = alphas_and_kind()
@@ -93,6 +96,15 @@ def train_unet(place: train_loop.Workplace) -> dict[str, Any]:
     return {"steps": UNET.steps, "loss": round(loss, 4), "photos": PHOTOS}
 
 
+@contextlib.contextmanager
+def _expanded(weights: Path, *names: str) -> Iterator[Path]:
+    """A weights folder with the named trained parts as the product reads them: large ones lie in 8 bits where they are trained to."""
+    with tempfile.TemporaryDirectory() as temporary:
+        for name in names:
+            miniature.copy_part(miniature.by_name(name), weights, Path(temporary))
+        yield Path(temporary)
+
+
 def alphas_and_kind() -> tuple[Tensor, losses.Prediction]:
     """The base's cumulative alphas (1000,) as Stage 2 takes them, and what it predicts."""
     schedule = architectures.scheduler()
@@ -110,10 +122,10 @@ def train_controlnet(place: train_loop.Workplace) -> dict[str, Any]:
     """A ControlNet on head-structure maps beside the frozen base UNet (arXiv 2302.05543)."""
     from diffusers import UNet2DConditionModel
 
-    cuts = prepare_cuts(place.weights, Photos(place.cache, "train", PHOTOS, workers=place.workers), seed=place.seed, faces_only=True)
-    with tempfile.TemporaryDirectory() as temporary:
-        miniature.copy_part(miniature.by_name("unet"), place.weights, Path(temporary))
-        base = UNet2DConditionModel.from_pretrained(folder(Path(temporary), "inpainting") / "unet", local_files_only=True)
+    photos = Photos(place.cache, "train", PHOTOS, workers=place.workers)
+    with _expanded(place.weights, "vae", "text", "unet") as parts:
+        cuts = prepare_cuts(parts, photos, seed=place.seed, faces_only=True)
+        base = UNet2DConditionModel.from_pretrained(folder(parts, "inpainting") / "unet", local_files_only=True)
     base = base.eval().requires_grad_(False)
     model = architectures.controlnet(base)
     alphas, kind = alphas_and_kind()

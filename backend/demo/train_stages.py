@@ -6,6 +6,7 @@ parts that are trained before them. Neither has seen a head of the demo or the b
 
 from __future__ import annotations
 
+import logging
 import shutil
 from typing import Any
 
@@ -19,21 +20,29 @@ from backend.training.stage2_files import PREFIX
 from backend.training.train_texture import RESULT, train_texture
 
 _BACKBONE = "backbone."
+ROUNDS = 2  # runs of Stage 1, each from the ResNet of the one before: a learning rate that rises again found better features
+
+logger = logging.getLogger(__name__)
 
 
 def train_resnet(place: train_loop.Workplace) -> dict[str, Any]:
     """Drawn strands, then Stage 0 and Stage 1 on the learning set; the encoder's ResNet is the part, its heads stay behind."""
     config = _world(place)
-    miniature.write_resnet(config.paths.weights, _half(train_textures.school(place)))
+    tensors = train_textures.school(place)
     prepare(config)
-    result = train_texture(config)
-    encoder = artifacts.load_tensors(config.paths.checkpoints / RESULT)
-    backbone = {name.removeprefix(_BACKBONE): tensor for name, tensor in encoder.items() if name.startswith(_BACKBONE)}
-    miniature.write_resnet(
-        place.weights, {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in backbone.items()}
-    )
-    scores = {name: value for name, value in result.items() if "balanced_accuracy" in name}
-    return {"steps": result["steps"], "set": "learn", "scores": scores}
+    rounds = [config.paths.checkpoints.parent / f"round_{number}" for number in range(1, ROUNDS)] + [config.paths.checkpoints]
+    for folder in rounds:
+        miniature.write_resnet(config.paths.weights, _half(tensors))
+        result = train_texture(config.model_copy(update={"paths": config.paths.model_copy(update={"checkpoints": folder})}))
+        encoder = artifacts.load_tensors(folder / RESULT)
+        tensors = {name.removeprefix(_BACKBONE): tensor for name, tensor in encoder.items() if name.startswith(_BACKBONE)}
+        logger.info("Stage 1 in %s: %s", folder.name, _accuracies(result))
+    miniature.write_resnet(place.weights, _half(tensors))
+    return {"steps": ROUNDS * result["steps"], "set": "learn", "scores": _accuracies(result)}
+
+
+def _accuracies(result: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in result.items() if "balanced_accuracy" in name}
 
 
 def _half(tensors: dict[str, Any]) -> dict[str, Any]:
