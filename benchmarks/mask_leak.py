@@ -48,7 +48,7 @@ def draw(prepared: Prepared, rows: Sequence[dict[str, Any]]) -> dict[str, NDArra
             rng = numpy_generator(0, "leak/" + row["id"], variant)
             shape = masks.random_shape(rng)
             kinds = (
-                masks.edit_region(sample.hair, sample.face_box, shape, masks.borrow(pool, rng)),
+                masks.edit_region(sample.hair, sample.face_box, shape, masks.borrow(pool, sample.face_box, rng)),
                 masks.edit_region(sample.hair, sample.face_box, shape),
                 sample.hair,
             )

@@ -209,16 +209,16 @@ def test_borrowed_silhouettes_are_laid_over_the_face_and_join_the_region() -> No
     added = (joined > 0) & (alone == 0)
     assert added[60, 10] and (joined[alone > 0] == 255).all()
     assert np.argwhere(added)[:, 1].max() <= 15  # columns 5..15: half the size, nowhere else
-    nothing = masks.Silhouette(np.zeros((16, 16), np.uint8), None)
-    assert np.array_equal(masks.edit_region(hair, FACE, shape, [nothing]), alone)
+    behind = masks.Silhouette(np.full((16, 16), 255, np.uint8), None)
+    assert np.array_equal(masks.edit_region(hair, FACE, shape, [behind]), alone)  # it would cover the face
 
 
 def test_silhouettes_are_borrowed_from_the_larger_half() -> None:
     pool = [masks.Silhouette(np.where(np.arange(64).reshape(8, 8) < n, 255, 0).astype(np.uint8), None) for n in (4, 40, 8, 60)]
-    drawn = [masks.borrow(pool, np.random.default_rng(seed)) for seed in range(20)]
+    drawn = [masks.borrow(pool, None, np.random.default_rng(seed)) for seed in range(20)]
     assert all(len(pair) == masks.BORROWED for pair in drawn)
     assert {int((one.hair > 0).sum()) for pair in drawn for one in pair} == {40, 60}
-    assert masks.borrow([], np.random.default_rng(0)) == []
+    assert masks.borrow([], None, np.random.default_rng(0)) == masks.borrow(pool, FACE, np.random.default_rng(0)) == []
 
 
 def test_only_what_was_or_becomes_hair_is_pasted_back() -> None:

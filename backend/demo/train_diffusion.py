@@ -263,7 +263,7 @@ def _cut(photo: Photo, pool: Sequence[masks.Silhouette], rng: np.random.Generato
     drawn = structure.head_structure(side, box, points)
     kind = rng.random()
     if kind < 0.6:
-        return _Cut(image, masks.edit_region(_hair(parsing), box, masks.random_shape(rng), masks.borrow(pool, rng)), drawn)
+        return _Cut(image, masks.edit_region(_hair(parsing), box, masks.random_shape(rng), masks.borrow(pool, box, rng)), drawn)
     if kind > 0.9:
         return _Cut(image, np.full((side, side), 255, np.uint8), drawn)
     hole = np.zeros((side, side), np.uint8)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +18,10 @@ from backend.demo.portraits import HAIR, blur_face
 from backend.demo.training_data import Photo, Photos, face_ring, head_crop, jittered, relight
 from backend.imaging import bald, crop
 from backend.training import keyed
+from backend.training.models import losses
+from backend.training.models.perceptual import load_perceptual
+from backend.tryon import conditioning
+from backend.weights import folder
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -26,6 +32,7 @@ PARSER_PHOTOS = 1536
 PARSER = train_loop.Schedule(steps=1600, batch_size=12, lr=1.5e-3, warmup=50, average=0.99, save_every=100)
 PERCEPTUAL = train_loop.Schedule(steps=600, batch_size=32, lr=2e-3, warmup=50, average=0.98, save_every=100)
 VAE = train_loop.Schedule(steps=1100, batch_size=12, lr=2e-3, warmup=100, weight_decay=1e-3, average=0.99, save_every=100)
+DECODER = train_loop.Schedule(steps=450, batch_size=8, lr=1e-3, warmup=20, weight_decay=1e-3, average=0.98, save_every=50)
 KL_WEIGHT = 1e-6
 SDXL_SCALING = 0.13025
 _ATTRIBUTES = {"curl": 4, "volume": 3, "length": 5, "colour": 9, "bangs": 5}
@@ -177,6 +184,44 @@ def train_vae(place: train_loop.Workplace) -> dict[str, Any]:
     return {"steps": VAE.steps, "loss": round(loss, 4)}
 
 
+def train_decoder(place: train_loop.Workplace) -> dict[str, Any]:
+    """Teaches the autoencoder's decoder texture: squared errors blur strands away, and with them the curl that a result should show.
+
+    The encoder stays, so latents and all that was trained on them stay valid. Pixels, features of the perceptual net (LPIPS) and their
+    correlations inside the hair (Gram matrices, which do not ask where a strand lies) count together.
+    """
+    photos = Photos(place.cache, "train", PHOTOS, workers=place.workers)
+    with tempfile.TemporaryDirectory() as temporary:
+        for part in ("vae", "perceptual"):
+            miniature.copy_part(miniature.by_name(part), place.weights, Path(temporary))
+        model = conditioning.load_vae(folder(Path(temporary), "inpainting"), device=torch.device("cpu"), dtype=torch.float32)
+        network = load_perceptual(Path(temporary))[0]
+    model = model.to(memory_format=torch.channels_last)
+    for parameter in (*model.decoder.parameters(), *model.post_quant_conv.parameters()):
+        parameter.requires_grad_(True)
+
+    def loss_of(step: int) -> Tensor:
+        rng = keyed.numpy_generator(place.seed, "decoder", step)
+        samples = [_autoencoder_sample(photos[int(rng.integers(len(photos)))], rng) for _ in range(DECODER.batch_size)]
+        images = conditioning.to_tensor([image for image, _ in samples]).contiguous(memory_format=torch.channels_last)
+        hair = conditioning.mask_tensor([mask for _, mask in samples])
+        with torch.no_grad():
+            latents = model.encode(images).latent_dist.mean
+        decoded = model.decode(latents).sample
+        wanted = [features.detach() for features in network.features(images)]
+        correlations = []
+        for ours, theirs in zip(network.features(decoded), wanted, strict=True):
+            weight = F.interpolate(hair, ours.shape[-2:], mode="area")
+            target = losses.gram_matrix(theirs, weight)
+            error = (losses.gram_matrix(ours, weight) - target).square().sum((1, 2)) / target.square().sum((1, 2)).clamp_min(1e-6)
+            correlations.append(error.mean())
+        return _reconstruction_loss(decoded, images) + network.lpips(decoded, images).mean() + 0.15 * torch.stack(correlations).mean()
+
+    loss = train_loop.fit("decoder", model, loss_of, DECODER, place)
+    miniature.write_diffusion(place.weights, "vae", model)
+    return {"steps": VAE.steps, "decoder_steps": DECODER.steps, "loss": round(loss, 4)}
+
+
 @torch.no_grad()
 def standardise(model: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
     """Moves and scales the latent channels without changing what is decoded: mean 0 and standard deviation 1 / SDXL's factor.
@@ -197,11 +242,12 @@ def standardise(model: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
 
 def autoencoder_batch(photos: Photos, rng: np.random.Generator, count: int) -> Tensor:
     """Head crops (count, 3, 128, 128) in -1..1: as they are, with a blurred face, or with the hair removed."""
-    images = [_autoencoder_sample(photos[int(rng.integers(len(photos)))], rng) for _ in range(count)]
+    images = [_autoencoder_sample(photos[int(rng.integers(len(photos)))], rng)[0] for _ in range(count)]
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float().div(127.5).sub(1)
 
 
-def _autoencoder_sample(photo: Photo, rng: np.random.Generator) -> NDArray[np.uint8]:
+def _autoencoder_sample(photo: Photo, rng: np.random.Generator) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """The picture and the mask of its hair, (128, 128) uint8 0/255."""
     square = jittered(photo.square(), rng, (0.8, 1.2), 0.08)
     blurred = photo.box is not None and rng.random() < 0.5
     if blurred:
@@ -210,9 +256,11 @@ def _autoencoder_sample(photo: Photo, rng: np.random.Generator) -> NDArray[np.ui
     if rng.random() < 0.15:
         box = None if photo.box is None else square.scaled_box(tuple(map(float, photo.box)), architectures.IMAGE_SIDE)  # type: ignore[arg-type]
         image = bald.remove_hair(image, np.where(parsing == HAIR, np.uint8(255), np.uint8(0)), box)
+        parsing = np.zeros_like(parsing)
     gain = rng.uniform(0.85, 1.15) * rng.uniform(0.96, 1.04, 3)
     image = np.clip((image.astype(np.float32) - 127) * gain + 127 + rng.uniform(-12, 12), 0, 255).astype(np.uint8)
-    return image if rng.random() < 0.5 else image[:, ::-1]
+    mask = np.where(parsing == HAIR, np.uint8(255), np.uint8(0))
+    return (image, mask) if rng.random() < 0.5 else (image[:, ::-1], mask[:, ::-1])
 
 
 def _reconstruction_loss(decoded: Tensor, images: Tensor) -> Tensor:

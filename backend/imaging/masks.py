@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from backend.imaging.crop import Box, mask_box
 
-NECK_END = 1.25  # lower end of the spared neck, in face heights below the face's upper edge: hair hangs over the chest
+OPENING = (0.3, 0.36)  # half axes of the part of the face that is spared, in face widths and heights
 _SHIFT = 4  # sub-pixel bits of cv2.fillPoly
 
 
@@ -62,7 +62,7 @@ def random_shape(rng: np.random.Generator) -> RegionShape:
         head_width=float(rng.uniform(0.95, 1.3)),
         head_top=float(rng.uniform(0.7, 1.1)),
         curtain=float(rng.uniform(1.0, 1.5)),
-        margin=float(rng.uniform(0.015, 0.06)),
+        margin=float(rng.uniform(0.01, 0.03)),
     )
 
 
@@ -75,11 +75,13 @@ class Silhouette:
 
 
 BORROWED = 3  # silhouettes joined to each training region
+FRINGES = 1  # of those, how many also cover the face where they lie on it
 
 
-def borrow(pool: Sequence[Silhouette], rng: np.random.Generator) -> list[Silhouette]:
-    """Silhouettes of the larger half of ``pool``, for one training sample; none of an empty pool."""
-    ranked = sorted(pool, key=lambda one: int((one.hair > 0).sum()) / one.hair.size)
+def borrow(pool: Sequence[Silhouette], face_box: Box | None, rng: np.random.Generator) -> list[Silhouette]:
+    """Silhouettes of the larger half of those in ``pool`` that have a face as the head does, or none as it; none where there are none."""
+    alike = [one for one in pool if (one.face_box is None) == (face_box is None)]
+    ranked = sorted(alike, key=lambda one: int((one.hair > 0).sum()) / one.hair.size)
     large = ranked[len(ranked) // 2 :]
     return [large[int(k)] for k in rng.integers(len(large), size=BORROWED)] if large else []
 
@@ -103,10 +105,16 @@ def edit_region(
     if anchor is None:
         return grown
     region = _head_and_curtains(anchor, shape, side)
+    laid = [
+        grow(_laid_over(other, anchor, side), shape.margin * side) for other in borrowed if (other.face_box is None) == (face_box is None)
+    ]
+    for other in laid:
+        region = np.maximum(region, other)
     if face_box is not None:
-        region[_face_opening(face_box, side) > 0] = 0
-    for other in borrowed:
-        region = np.maximum(region, grow(_laid_over(other, anchor, side), shape.margin * side))
+        opening = _face_opening(face_box, side)
+        for other in laid[:FRINGES]:  # hair in the face tells of length too
+            opening[other > 0] = 0
+        region[opening > 0] = 0
     return np.maximum(region, grown)
 
 
@@ -160,12 +168,11 @@ def _head_and_curtains(face: Box, shape: RegionShape, side: int) -> NDArray[np.u
 
 
 def _face_opening(face: Box, side: int) -> NDArray[np.uint8]:
-    """The face below the brows, chin and front of the neck: what is never repainted unless hair lies on it, today's or a borrowed one."""
+    """Eyes, nose and mouth: what is never repainted unless hair lies on it today. Hair at the cheeks, the neck and over the chest comes with
+    length, so those are always inside the region."""
     x0, y0, x1, y1 = face
     width, height, centre = x1 - x0, y1 - y0, (x0 + x1) / 2
     opening = np.zeros((side, side), np.uint8)
-    cv2.ellipse(opening, (round(centre), round(y0 + 0.58 * height)), (round(0.42 * width), round(0.5 * height)), 0, 0, 360, 255, -1)
-    neck = round(y0 + 0.9 * height), round(y0 + NECK_END * height)
-    cv2.rectangle(opening, (round(centre - 0.22 * width), neck[0]), (round(centre + 0.22 * width), neck[1]), 255, -1)
-    opening[: max(0, round(y0 + 0.22 * height))] = 0
+    axes = round(OPENING[0] * width), round(OPENING[1] * height)
+    cv2.ellipse(opening, (round(centre), round(y0 + 0.6 * height)), axes, 0, 0, 360, 255, -1)
     return opening

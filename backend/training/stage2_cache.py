@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 SHARD = 256  # samples per file
 POOL = 128  # silhouettes that a split's edit regions borrow from
 POOL_SIDE = 128  # their side, px
-REGIONS = 3  # raise when edit regions are made otherwise: cached latents of the older kind are then not used
+REGIONS = 4  # raise when edit regions are made otherwise: cached latents of the older kind are then not used
 BATCH = 8  # pictures per pass of the VAE
 
 
@@ -141,7 +141,7 @@ def _encode_photo(
             sample.face_box,
             method=config.data.bald,
             shape=masks.random_shape(rng),
-            borrowed=masks.borrow(pool, rng),
+            borrowed=masks.borrow(pool, sample.face_box, rng),
         )
         for rng in (numpy_generator(config.train.seed, "region/" + row["id"], variant) for variant in range(config.train.mask_variants))
     ]
