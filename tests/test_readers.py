@@ -44,6 +44,7 @@ def _figures() -> dict[str, Any]:
     return {
         "outside_max_abs_diff": 0, "lpips": 0.1, "masked_psnr": 20.0, "hair_color_delta_e": 8.0, "hair_color_delta_e_ci": [7.0, 9.0],
         "curl_agreement": 0.7, "curl_agreement_ci": [0.6, 0.8], "identity_kept": 1.0, "identity_different_people_p95": 0.2,
+        "ceiling_vae": {"curl_agreement": 0.8, "curl_agreement_ci": [0.7, 0.9]},
         "baselines": {
             "no_op": {"hair_color_delta_e": 20.0, "hair_color_delta_e_ci": [18.0, 22.0]},
             "shuffled_reference": {"hair_color_delta_e": 20.0, "hair_color_delta_e_ci": [18.0, 22.0], "curl_agreement": 0.3,
@@ -79,6 +80,15 @@ def test_each_failing_figure_is_named(place: tuple[str, ...], value: object, wor
     holder[place[-1]] = value
     verdict = gate.decide(figures, GateConfig(profile="evidence"))["evidence"]
     assert not verdict["passed"] and any(word in reason for reason in verdict["reasons"])
+
+
+def test_curl_is_not_judged_where_the_vae_removes_it() -> None:
+    figures = copy.deepcopy(_figures())
+    figures |= {"curl_agreement": 0.3, "curl_agreement_ci": [0.2, 0.4]}
+    assert not gate.decide(figures, GateConfig(profile="evidence"))["passed"]
+    figures["ceiling_vae"] = {"curl_agreement": 0.35, "curl_agreement_ci": [0.3, 0.4]}
+    verdict = gate.decide(figures, GateConfig(profile="evidence"))["evidence"]
+    assert verdict["passed"] and "not judged" in verdict["notes"][0]
 
 
 # ---- start weights ----

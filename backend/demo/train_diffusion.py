@@ -37,7 +37,7 @@ PHOTOS = 1536
 CUTS_PER_PHOTO = 3  # differently cut, with a hole of their own
 POOL = 96  # photos whose hair the holes borrow
 UNET = train_loop.Schedule(steps=8000, batch_size=16, lr=6e-4, warmup=200, average=0.998, save_every=250)
-CONTROLNET = train_loop.Schedule(steps=1000, batch_size=16, lr=5e-4, warmup=50, average=0.99, save_every=200)
+CONTROLNET = train_loop.Schedule(steps=600, batch_size=16, lr=5e-4, warmup=50, average=0.99, save_every=200)
 DROP_TEXT = 0.1
 _LENGTHS = {"men": "short", "women_short": "short", "bob": "bob", "medium": "medium", "long": "long"}
 _CURLS = ("straight", "wavy", "curly", "tightly curly")

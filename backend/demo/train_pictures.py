@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 PHOTOS = 640
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PARSER_PHOTOS = 1536
-PARSER = train_loop.Schedule(steps=1600, batch_size=12, lr=1.5e-3, warmup=50, average=0.99, save_every=100)
+PARSER = train_loop.Schedule(steps=1100, batch_size=12, lr=1.5e-3, warmup=50, average=0.99, save_every=100)
 PERCEPTUAL = train_loop.Schedule(steps=600, batch_size=32, lr=2e-3, warmup=50, average=0.98, save_every=100)
 VAE = train_loop.Schedule(steps=1100, batch_size=12, lr=2e-3, warmup=100, weight_decay=1e-3, average=0.99, save_every=100)
-DECODER = train_loop.Schedule(steps=450, batch_size=8, lr=1e-3, warmup=20, weight_decay=1e-3, average=0.98, save_every=50)
+DECODER = train_loop.Schedule(steps=1200, batch_size=8, lr=1e-3, warmup=20, weight_decay=1e-3, average=0.98, save_every=50)
 KL_WEIGHT = 1e-6
 SDXL_SCALING = 0.13025
 _ATTRIBUTES = {"curl": 4, "volume": 3, "length": 5, "colour": 9, "bangs": 5}
@@ -163,7 +163,7 @@ def _attribute_sample(photo: Photo, rng: np.random.Generator) -> tuple[NDArray[n
 
 
 def train_vae(place: train_loop.Workplace) -> dict[str, Any]:
-    """AutoencoderKL on head crops, by L1 on pixels and on their differences; no adversary."""
+    """AutoencoderKL on head crops, by L1 on pixels and on their differences; then its decoder alone, for texture. No adversary."""
     photos = Photos(place.cache, "train", PHOTOS, workers=place.workers)
     model = architectures.vae().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -181,10 +181,10 @@ def train_vae(place: train_loop.Workplace) -> dict[str, Any]:
         latents = torch.cat([model.encode(autoencoder_batch(photos, rng, 32)).latent_dist.mean for _ in range(8)])
     standardise(model, latents.mean((0, 2, 3)), latents.std((0, 2, 3)))
     miniature.write_diffusion(place.weights, "vae", model)
-    return {"steps": VAE.steps, "loss": round(loss, 4)}
+    return {"steps": VAE.steps, "loss": round(loss, 4), "decoder_steps": DECODER.steps, "decoder_loss": round(train_decoder(place), 4)}
 
 
-def train_decoder(place: train_loop.Workplace) -> dict[str, Any]:
+def train_decoder(place: train_loop.Workplace) -> float:
     """Teaches the autoencoder's decoder texture: squared errors blur strands away, and with them the curl that a result should show.
 
     The encoder stays, so latents and all that was trained on them stay valid. Pixels, features of the perceptual net (LPIPS) and their
@@ -219,7 +219,7 @@ def train_decoder(place: train_loop.Workplace) -> dict[str, Any]:
 
     loss = train_loop.fit("decoder", model, loss_of, DECODER, place)
     miniature.write_diffusion(place.weights, "vae", model)
-    return {"steps": VAE.steps, "decoder_steps": DECODER.steps, "loss": round(loss, 4)}
+    return loss
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from backend import console
@@ -55,6 +56,10 @@ class Result:
     picture: NDArray[np.uint8]
     mask: NDArray[np.float32]
     hair: NDArray[np.uint8]
+
+
+_Seen = tuple[NDArray[np.uint8], NDArray[np.uint8]]
+"""A picture and the mask of its hair."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +187,11 @@ class Evaluator:
         # the result made for another pair's reference, held against this pair's own
         other = [metrics.ciede2000(_result_colour(r, r.picture), lab) for r, lab in zip(shuffled, wanted, strict=True)]
         changed = [float(np.abs(a.picture.astype(int) - b.picture).mean()) for a, b in zip(transfer, shuffled, strict=True)]
-        curl = self._curl(transfer, shuffled)
+        through = [
+            (picture, r.reference.hair)
+            for r, picture in zip(transfer, self._through_vae([r.reference.photo for r in transfer]), strict=True)
+        ]
+        curl = self._curl(transfer, shuffled, through)
         same = self._reconstruction(reconstruction, unconditioned)
         return {
             "protocol": PROTOCOL,
@@ -208,7 +217,11 @@ class Evaluator:
                 "bald": same["bald"],
                 "no_conditioning": same["no_conditioning"],
             },
-            "ceiling_vae": same["vae"],
+            "ceiling_vae": {
+                **same["vae"],
+                **self._means("hair_color_delta_e", self._colour_through_vae(through, wanted), pair_heads),
+                **curl["vae"],
+            },
             "ceiling_reference": curl["reference"],
         }
 
@@ -229,13 +242,18 @@ class Evaluator:
             figures[name] |= self._means("masked_psnr_gain", list(np.subtract(psnr["ours"], psnr[name])), heads)
         return figures
 
-    def _curl(self, transfer: list[Result], shuffled: list[Result]) -> dict[str, dict[str, Any]]:
+    def _colour_through_vae(self, through: list[_Seen], wanted: list[NDArray[np.float64]]) -> list[float]:
+        """How far the VAE alone moves the colour of each reference's hair, CIEDE2000."""
+        return [metrics.ciede2000(metrics.hair_colour(picture, hair), lab) for (picture, hair), lab in zip(through, wanted, strict=True)]
+
+    def _curl(self, transfer: list[Result], shuffled: list[Result], through: list[_Seen]) -> dict[str, dict[str, Any]]:
         """How often Stage 1 reads the reference's curl class (its label) from the result, and from what it is held against.
 
-        ``reference``: from the reference photo itself at the same size, which a result can hardly beat. Pairs without a label are left out.
+        ``reference``: from the reference photo itself at the same size; ``vae``: from that photo through the VAE (``through``). A result
+        can hardly beat either. Pairs without a label are left out.
         """
         known = [n for n, r in enumerate(transfer) if r.pair.reference["curl"] is not None]
-        names = ("ours", "no_op", "shuffled_reference", "reference")
+        names = ("ours", "no_op", "shuffled_reference", "reference", "vae")
         if not known:
             return {name: {} for name in names}
         labels = np.array([transfer[n].pair.reference["curl"] for n in known])
@@ -245,6 +263,7 @@ class Evaluator:
             "no_op": [(transfer[n].target.photo, transfer[n].target.hair) for n in known],
             "shuffled_reference": [(shuffled[n].picture, shuffled[n].hair) for n in known],
             "reference": [(transfer[n].reference.photo, transfer[n].reference.hair) for n in known],
+            "vae": [through[n] for n in known],
         }
         figures = {}
         for name in names:
@@ -279,14 +298,20 @@ class Evaluator:
 
     def _ceiling(self, results: list[Result]) -> list[NDArray[np.uint8]]:
         """The photos through the VAE and back, pasted back like a result: nothing that the UNet does can be better."""
-        vae = self._painter.sampler.vae
         pictures = []
-        for r in results:
-            mean, _ = conditioning.encode_latents(vae, conditioning.to_tensor([r.target.photo]))
-            decoded = conditioning.to_pictures(conditioning.decode_latents(vae, mean))[0]
+        for r, decoded in zip(results, self._through_vae([r.target.photo for r in results]), strict=True):
             square = crop.Square(0, 0, decoded.shape[0])
             pictures.append(composite.paste_back(r.target.photo, decoded, r.head.region, square, self.config.sample.feather).image)
         return pictures
+
+    def _through_vae(self, photos: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:
+        vae = self._painter.sampler.vae
+        decoded: list[NDArray[np.uint8]] = []
+        with torch.inference_mode():
+            for photo in photos:
+                mean, _ = conditioning.encode_latents(vae, conditioning.to_tensor([photo]))
+                decoded += conditioning.to_pictures(conditioning.decode_latents(vae, mean))
+        return decoded
 
     def _means(self, name: str, values: list[float], heads: list[str]) -> dict[str, Any]:
         mean, interval = metrics.mean_with_interval(values, heads, draws=self.config.evaluate.bootstrap, seed=self.config.evaluate.seed)

@@ -58,7 +58,7 @@ def _verdict(summary: dict[str, Any]) -> str:
     for profile in ("design", "evidence"):
         verdict = gate[profile]
         mark = '<span class="good">passed</span>' if verdict["passed"] else '<span class="bad">not passed</span>'
-        reasons = "".join(f"<li>{escape(reason)}</li>" for reason in verdict["reasons"])
+        reasons = "".join(f"<li>{escape(text)}</li>" for text in (*verdict["reasons"], *verdict["notes"]))
         lines.append(f"<p>Profile {profile}: {mark}</p>" + (f"<ul>{reasons}</ul>" if reasons else ""))
     return f'<div class="verdict {kind}">{"".join(lines)}</div>'
 
@@ -83,7 +83,9 @@ def _figures(figures: dict[str, Any]) -> str:
     transfer = [("hair colour difference, transfer, CIEDE2000 (lower)", "hair_color_delta_e")]
     transfer += [("curl class as in the reference, transfer (higher)", "curl_agreement")] if "curl_agreement" in figures else []
     for what, name in transfer:
-        at_best = f"reference photo {_shown(figures['ceiling_reference'], name)}" if name in figures["ceiling_reference"] else ""
+        at_best = f"reference photo after the VAE {_shown(figures['ceiling_vae'], name)}"
+        if name in figures["ceiling_reference"]:
+            at_best += f", itself {_shown(figures['ceiling_reference'], name)}"
         no_op, shuffled = (
             f"{text} {_shown(base[key], name)}"
             for key, text in (("no_op", "unchanged photo"), ("shuffled_reference", "shuffled reference"))
