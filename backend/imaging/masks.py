@@ -129,18 +129,28 @@ def _laid_over(other: Silhouette, anchor: Box, side: int) -> NDArray[np.uint8]:
     return cv2.warpAffine(other.hair, matrix, (side, side), flags=cv2.INTER_NEAREST).astype(np.uint8, copy=False)
 
 
-CHANGED_MARGIN = 0.03  # growth of the old and the new hair, share of the crop's side
+CHANGED_MARGIN = 0.02  # growth of the old and the new hair, share of the crop's side
+SPECK = 0.016  # half width of what is too thin to be hair in the face, share of the crop's side
 
 
-def changed_region(region: NDArray[np.uint8], before: NDArray[np.uint8], after: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def changed_region(
+    region: NDArray[np.uint8], before: NDArray[np.uint8], after: NDArray[np.uint8], face_box: Box | None
+) -> NDArray[np.uint8]:
     """The part of the edit region that is pasted back: where hair was or has come, with a margin. All (S, S) uint8 0/255.
 
-    What was painted beside the hair (clothes, background) is thrown away for the photo's own. Without any new hair the whole region
-    stands: then the painting is to be seen as it is.
+    What was painted beside the hair (clothes, background) is thrown away for the photo's own. On the face below the brows there is no
+    margin, and single specks of new hair do not count: it is what the person is known by. Without any new hair the whole region stands: then the
+    painting is to be seen as it is.
     """
     if not after.any():
         return region
-    return np.minimum(region, grow(np.maximum(before, after), CHANGED_MARGIN * region.shape[0]))
+    side = region.shape[0]
+    hair = np.maximum(before, after)
+    wide = grow(hair, CHANGED_MARGIN * side)
+    if face_box is not None:
+        face = _face_below_the_brows(face_box, side) > 0
+        wide[face] = np.maximum(before, grow(shrink(after, SPECK * side), SPECK * side))[face]
+    return np.minimum(region, wide)
 
 
 def _face_from_hair(hair: NDArray[np.uint8]) -> Box | None:
@@ -176,3 +186,12 @@ def _face_opening(face: Box, side: int) -> NDArray[np.uint8]:
     axes = round(OPENING[0] * width), round(OPENING[1] * height)
     cv2.ellipse(opening, (round(centre), round(y0 + 0.6 * height)), axes, 0, 0, 360, 255, -1)
     return opening
+
+
+def _face_below_the_brows(face: Box, side: int) -> NDArray[np.uint8]:
+    x0, y0, x1, y1 = face
+    width, height, centre = x1 - x0, y1 - y0, (x0 + x1) / 2
+    drawn = np.zeros((side, side), np.uint8)
+    cv2.ellipse(drawn, (round(centre), round(y0 + 0.55 * height)), (round(0.46 * width), round(0.52 * height)), 0, 0, 360, 255, -1)
+    drawn[: max(0, round(y0 + 0.1 * height))] = 0
+    return drawn

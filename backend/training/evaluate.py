@@ -170,7 +170,7 @@ class Evaluator:
             painted = conditioning.to_pictures(self._painter.paint(requests, steps=settings.steps, guidance=settings.guidance))
             for pair, head, (target, reference), picture in zip(part, heads, loaded, painted, strict=True):
                 square = crop.Square(0, 0, picture.shape[0])
-                region = masks.changed_region(head.region, target.hair, self._parser.hair(picture))
+                region = masks.changed_region(head.region, target.hair, self._parser.hair(picture), target.face_box)
                 pasted = composite.paste_back(target.photo, picture, region, square, self.config.sample.feather)
                 hair = self._parser.hair(pasted.image)
                 results.append(Result(pair, target, reference, head, pasted.image, pasted.mask, hair))

@@ -109,7 +109,7 @@ class TryOn:
         steps, guidance = request.steps or self.config.sample.steps, request.guidance or self.config.sample.guidance
         painted = self._painter.paint([paint_request], steps=steps, guidance=guidance, on_step=on_step, cancelled=cancelled)
         generated = checked_output(painted, entered.region)
-        region = masks.changed_region(entered.region, hair, self._parser.hair(generated))
+        region = masks.changed_region(entered.region, hair, self._parser.hair(generated), head.face_box)
         pasted = composite.paste_back(request.target, generated, region, head.square, self.config.sample.feather)
         info = {
             "bundle_sha256": self.bundle_sha256,
