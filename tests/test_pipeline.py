@@ -18,6 +18,7 @@ from backend import artifacts, cli
 from backend.errors import InvalidArtifactError, MissingInputError, UsageError
 from backend.imaging.decode import read_png
 from backend.training import checkpoints, prepare_dataset_deephair, train_stage2
+from backend.training.data_processing.prompts import NEUTRAL_PROMPT
 from backend.training.models.bundle import load_bundle
 from backend.training.prepared import Prepared
 from tests.conftest import World, tree
@@ -67,7 +68,7 @@ def test_every_output_of_the_contract_is_there(finished_world: World) -> None:
             assert embedding.dtype == np.float32 and embedding.shape == (512,)
             assert float(np.linalg.norm(embedding)) == pytest.approx(1.0, abs=1e-5)
     assert any(row["face_box"] is None for row in rows), "back views are kept"
-    prompts = {row["prompt"] for row in rows} | {""}
+    prompts = {row["prompt"] for row in rows} | {"", NEUTRAL_PROMPT}
     assert len(list((processed / "prompt_embeddings").glob("*.safetensors"))) == len(prompts)
 
 
