@@ -81,8 +81,8 @@ def test_each_failing_figure_is_named(place: tuple[str, ...], value: object, wor
     assert not verdict["passed"] and any(word in reason for reason in verdict["reasons"])
 
 
-def test_lost_identities_close_the_gate_when_they_are_more_than_chance() -> None:
-    few, many = ({**_figures(), "identity_kept": 0.8, "identity_kept_ci": interval} for interval in ([0.5, 1.0], [0.7, 0.9]))
+def test_lost_identities_are_noted_and_close_the_gate_when_most_are_lost() -> None:
+    few, many = ({**_figures(), "identity_kept": kept, "identity_kept_ci": ends} for kept, ends in ((0.8, [0.7, 0.9]), (0.3, [0.2, 0.4])))
     few, many = (gate.decide(figures, GateConfig(profile="evidence"))["evidence"] for figures in (few, many))
     assert few["passed"] and "recognised" in few["notes"][0]
     assert not many["passed"] and "recognised" in many["reasons"][0]
