@@ -7,17 +7,15 @@ import numpy as np
 import pytest
 import torch
 
+from backend.errors import UsageError
 from backend.training import metrics
 from backend.training.models.losses import (
-    Prediction,
     gram_matrix,
     mask_aware_loss,
-    min_snr_weight,
-    predicted_x0,
-    target_of,
     texture_consistency_loss,
 )
 from backend.training.models.perceptual import PerceptualNet
+from backend.training.models.schedule import NoiseSchedule
 
 
 def test_mask_aware_loss_by_hand() -> None:
@@ -52,37 +50,43 @@ def test_an_excluded_face_has_no_gradient() -> None:
     assert (prediction.grad[..., :2] == 0).all() and (prediction.grad[..., 2:] != 0).all()
 
 
+def _schedule(kind: str, alphas: list[float]) -> NoiseSchedule:
+    """A schedule of len(alphas) timesteps with these cumulative alphas."""
+    ratios = [now / before for now, before in zip(alphas, [1.0, *alphas[:-1]], strict=True)]
+    return NoiseSchedule({"num_train_timesteps": len(alphas), "trained_betas": [1 - r for r in ratios], "prediction_type": kind})
+
+
+ALL = torch.arange(3)
+KINDS = ["epsilon", "v_prediction"]
+
+
 def test_min_snr_by_hand() -> None:
-    alphas = torch.tensor([0.9, 0.5, 0.1])  # SNR 9, 1, 1/9
-    assert min_snr_weight("epsilon", alphas, 5.0).tolist() == pytest.approx([5 / 9, 1.0, 1.0], rel=1e-5)
-    assert min_snr_weight("v_prediction", alphas, 5.0).tolist() == pytest.approx([5 / 10, 1 / 2, (1 / 9) / (10 / 9)], rel=1e-5)
-    assert min_snr_weight("epsilon", alphas, 0.0).tolist() == [1.0, 1.0, 1.0]
-    assert min_snr_weight("v_prediction", torch.tensor([0.0]), 5.0).isfinite().all()  # zero terminal SNR
+    epsilon, velocity = (_schedule(kind, [0.9, 0.5, 0.1]) for kind in KINDS)  # SNR 9, 1, 1/9
+    assert epsilon.min_snr_weight(ALL, 5.0).tolist() == pytest.approx([5 / 9, 1.0, 1.0], rel=1e-5)
+    assert velocity.min_snr_weight(ALL, 5.0).tolist() == pytest.approx([5 / 10, 1 / 2, (1 / 9) / (10 / 9)], rel=1e-5)
+    assert epsilon.min_snr_weight(ALL, 0.0).tolist() == [1.0, 1.0, 1.0]
+    assert _schedule("v_prediction", [0.5, 0.0]).min_snr_weight(torch.tensor([1]), 5.0).isfinite().all()  # zero terminal SNR
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
-def test_predicted_x0_inverts_the_noising(kind: Prediction) -> None:
-    x0, noise, alpha = torch.randn(3, 4, 5, 5), torch.randn(3, 4, 5, 5), torch.tensor([0.9, 0.5, 0.05])
-    a = alpha.view(-1, 1, 1, 1)
-    target = target_of(kind, x0, noise, alpha)
-    assert torch.allclose(predicted_x0(kind, a.sqrt() * x0 + (1 - a).sqrt() * noise, target, alpha), x0, atol=1e-5)
+@pytest.mark.parametrize("kind", KINDS)
+def test_predicted_x0_inverts_the_noising(kind: str) -> None:
+    x0, noise, schedule = torch.randn(3, 4, 5, 5), torch.randn(3, 4, 5, 5), _schedule(kind, [0.9, 0.5, 0.05])
+    noisy = schedule.add_noise(x0, noise, ALL)
+    assert torch.allclose(schedule.predicted_x0(noisy, schedule.target(x0, noise, ALL), ALL), x0, atol=1e-5)
 
 
-def test_the_targets_by_hand() -> None:
-    x0, noise, alpha = torch.full((1, 1, 1, 1), 2.0), torch.full((1, 1, 1, 1), 3.0), torch.tensor([0.64])
-    assert float(target_of("epsilon", x0, noise, alpha)) == 3.0
-    assert float(target_of("v_prediction", x0, noise, alpha)) == pytest.approx(0.8 * 3 - 0.6 * 2)
-    assert float(target_of("v_prediction", x0, noise, torch.tensor([0.0]))) == -2.0  # pure noise: only the picture is left to predict
+def test_noising_and_targets_by_hand() -> None:
+    x0, noise, first = torch.full((1, 1, 1, 1), 2.0), torch.full((1, 1, 1, 1), 3.0), torch.tensor([0])
+    epsilon, velocity = (_schedule(kind, [0.64, 0.0]) for kind in KINDS)
+    assert float(epsilon.add_noise(x0, noise, first)) == pytest.approx(0.8 * 2 + 0.6 * 3)
+    assert float(epsilon.target(x0, noise, first)) == 3.0
+    assert float(velocity.target(x0, noise, first)) == pytest.approx(0.8 * 3 - 0.6 * 2)
+    assert float(velocity.target(x0, noise, torch.tensor([1]))) == -2.0  # pure noise: only the picture is left to predict
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
-def test_the_targets_are_those_of_diffusers(kind: Prediction) -> None:
-    from diffusers import DDPMScheduler
-
-    schedule = DDPMScheduler(beta_schedule="scaled_linear", prediction_type=kind)
-    x0, noise, steps = torch.randn(3, 4, 5, 5), torch.randn(3, 4, 5, 5), torch.tensor([3, 400, 990])
-    theirs = schedule.get_velocity(x0, noise, steps) if kind == "v_prediction" else noise
-    assert torch.allclose(target_of(kind, x0, noise, schedule.alphas_cumprod[steps]), theirs, atol=1e-6)
+def test_a_prediction_type_that_is_not_trained_is_refused() -> None:
+    with pytest.raises(UsageError, match="sample"):
+        NoiseSchedule({"prediction_type": "sample"})
 
 
 def test_gram_matrix_by_hand() -> None:

@@ -27,6 +27,7 @@ from backend.training.keyed import batches, numpy_generator, torch_generator, wa
 from backend.training.lowmem import FusedFactoredAdam
 from backend.training.models import losses
 from backend.training.models.perceptual import load_perceptual
+from backend.training.models.schedule import NoiseSchedule
 from backend.training.models.stage2_unet import Conditions, HairInpaintingUNet, load_start, load_unet, time_ids, unet_config
 from backend.training.models.texture_encoder import load_texture_encoder
 from backend.training.prepared import Prepared, reference_candidates
@@ -80,8 +81,7 @@ class Stage2Run:
         self.vae = conditioning.load_vae(base, device=self.device, dtype=_encoder_dtype(self.device))
         self.splits = self._build_splits(prepared, key)
         self.schedule = scheduler_config(base)
-        self.alphas_cumprod = _alphas_cumprod(self.schedule).to(self.device)
-        self.kind = prediction_kind(self.schedule)
+        self.noising = NoiseSchedule(self.schedule)
         self.model = self._build_model(base)
         self.perceptual = load_perceptual(config.paths.weights)[0].to(self.device) if config.train.texture_every else None
         self.names: dict[torch.Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
@@ -188,9 +188,8 @@ class Stage2Run:
     def _loss(self, batch: Batch, step: int) -> tuple[torch.Tensor, dict[str, float]]:
         train = self.config.train
         noisy, prediction = self._predict(batch)
-        alpha = self.alphas_cumprod[batch.timesteps]
-        weight = losses.min_snr_weight(self.kind, alpha, train.min_snr_gamma)
-        target = losses.target_of(self.kind, batch.photo, batch.noise, alpha)
+        weight = self.noising.min_snr_weight(batch.timesteps, train.min_snr_gamma)
+        target = self.noising.target(batch.photo, batch.noise, batch.timesteps)
         loss = losses.mask_aware_loss(
             prediction, target, batch.mask, batch.excluded, outside_weight=train.outside_weight, sample_weight=weight
         )
@@ -203,8 +202,7 @@ class Stage2Run:
         return loss, {"loss": float(loss.detach()), **parts}
 
     def _predict(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        alpha = self.alphas_cumprod[batch.timesteps].view(-1, 1, 1, 1)
-        noisy = (alpha.sqrt() * batch.photo + (1 - alpha).sqrt() * batch.noise).to(self.dtype)
+        noisy = self.noising.add_noise(batch.photo, batch.noise, batch.timesteps).to(self.dtype)
         ids = time_ids(len(batch.ids), self.config.data.resolution).to(self.device, self.dtype)
         conditions = batch.conditions.to(self.device, self.dtype)
         prediction = self.model(noisy, batch.mask.to(self.dtype), batch.bald.to(self.dtype), batch.timesteps, conditions, ids)
@@ -217,7 +215,7 @@ class Stage2Run:
         low = batch.timesteps < self.config.train.texture_max_timestep
         if not bool(low.any()):
             return None
-        clean = losses.predicted_x0(self.kind, noisy[low], prediction[low], self.alphas_cumprod[batch.timesteps[low]])
+        clean = self.noising.predicted_x0(noisy[low], prediction[low], batch.timesteps[low])
         mask = batch.mask[low] * (1 - batch.excluded[low])
         top, left = _densest_window(mask, self.config.train.texture_crop)
         window = np.s_[:, :, top : top + self.config.train.texture_crop, left : left + self.config.train.texture_crop]
@@ -263,7 +261,7 @@ class Stage2Run:
         noise = torch.randn(mean.shape, generator=generator)
         if train.noise_offset:
             noise = noise + train.noise_offset * torch.randn(mean.shape[0], mean.shape[1], 1, 1, generator=generator)
-        drawn = torch.randint(0, len(self.alphas_cumprod), (len(indices),), generator=generator)
+        drawn = torch.randint(0, self.noising.steps, (len(indices),), generator=generator)
         timesteps = drawn if timestep is None else torch.full_like(drawn, timestep)
         conditions = Conditions(
             torch.stack(texts), torch.stack(pooled), stacked["style"].float(), torch.tensor(style_valid),
@@ -288,7 +286,7 @@ class Stage2Run:
                 part = chosen[start : start + size]
                 batch = self.batch("val", part, number * count + start, timestep)
                 _, prediction = self._predict(batch)
-                target = losses.target_of(self.kind, batch.photo, batch.noise, self.alphas_cumprod[batch.timesteps])
+                target = self.noising.target(batch.photo, batch.noise, batch.timesteps)
                 loss = losses.mask_aware_loss(
                     prediction, target, batch.mask, batch.excluded, outside_weight=self.config.train.outside_weight
                 )
@@ -380,21 +378,6 @@ class Stage2Run:
 
 def _encoder_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
-def _alphas_cumprod(schedule: dict[str, Any]) -> torch.Tensor:
-    from diffusers import DDPMScheduler
-
-    alphas: torch.Tensor = DDPMScheduler.from_config(schedule).alphas_cumprod
-    return alphas
-
-
-def prediction_kind(schedule: dict[str, Any]) -> losses.Prediction:
-    """What the base model predicts. Raises UsageError for a kind that Stage 2 does not train."""
-    kind = schedule.get("prediction_type", "epsilon")
-    if kind not in ("epsilon", "v_prediction"):
-        raise UsageError(f"the base model predicts '{kind}'; Stage 2 trains epsilon and v_prediction")
-    return "v_prediction" if kind == "v_prediction" else "epsilon"
 
 
 def _densest_window(mask: torch.Tensor, side: int) -> tuple[int, int]:

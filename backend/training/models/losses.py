@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch.nn import functional as F
 
@@ -30,41 +28,6 @@ def mask_aware_loss(
     total = weight.float().sum(dim=(1, 2, 3))
     per_sample = (weight * error).sum(dim=(1, 2, 3)) / total.clamp_min(1e-6)
     return (per_sample if sample_weight is None else per_sample * sample_weight).mean()
-
-
-Prediction = Literal["epsilon", "v_prediction"]
-"""What the network predicts; the base model's scheduler says which (``prediction_type`` in diffusers)."""
-
-
-def target_of(kind: Prediction, clean: torch.Tensor, noise: torch.Tensor, alpha_cumprod: torch.Tensor) -> torch.Tensor:
-    """What the network should predict: the noise, or the velocity sqrt(a) noise - sqrt(1 - a) clean (Salimans and Ho, arXiv 2202.00512).
-
-    clean, noise: (B, C, h, w). alpha_cumprod: (B,).
-    """
-    if kind == "epsilon":
-        return noise
-    alpha = alpha_cumprod.view(-1, 1, 1, 1).to(clean.dtype)
-    return alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
-
-
-def min_snr_weight(kind: Prediction, alpha_cumprod: torch.Tensor, gamma: float) -> torch.Tensor:
-    """Loss factors (B,) that count an error of the clean picture min(SNR, gamma) times (Hang et al., arXiv 2303.09556, section 3.4).
-
-    For noise min(SNR, gamma) / SNR, for velocity min(SNR, gamma) / (SNR + 1); all ones when gamma is 0. alpha_cumprod: (B,).
-    """
-    if gamma == 0:
-        return torch.ones_like(alpha_cumprod)
-    alpha = alpha_cumprod.float()
-    snr = (alpha / (1 - alpha)).clamp_min(1e-8)  # zero terminal SNR: the last timestep has none
-    return snr.clamp_max(gamma) / (snr if kind == "epsilon" else snr + 1)
-
-
-def predicted_x0(kind: Prediction, noisy: torch.Tensor, prediction: torch.Tensor, alpha_cumprod: torch.Tensor) -> torch.Tensor:
-    """The clean latents that a prediction implies (arXiv 2006.11239, eq. 15; arXiv 2202.00512, appendix D). alpha_cumprod: (B,)."""
-    alpha = alpha_cumprod.view(-1, 1, 1, 1).to(noisy.dtype)
-    if kind == "epsilon":
-        return (noisy - (1 - alpha).sqrt() * prediction) / alpha.sqrt()
-    return alpha.sqrt() * noisy - (1 - alpha).sqrt() * prediction
 
 
 def gram_matrix(features: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
