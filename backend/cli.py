@@ -48,7 +48,9 @@ def build_parser() -> argparse.ArgumentParser:
     models = _stage(verbs, "models", _models, "list the pretrained parts: found or missing, where, licence")
     models.set_defaults(action="list")
     demo = _stage(verbs, "demo-data", _demo_data, "write the miniature K-Hairstyle set and the miniature pretrained parts")
-    demo.add_argument("--set", choices=("demo", "bench", "learn"), default="demo", help="how many heads and views (default: demo)")
+    demo.add_argument(
+        "--set", choices=("demo", "bench", "learn", "learn-long"), default="demo", help="how many heads and views (default: demo)"
+    )
     return parser
 
 

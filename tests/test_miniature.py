@@ -213,7 +213,7 @@ def test_an_unknown_operation_is_refused() -> None:
 
 
 def test_an_interrupted_training_ends_like_an_undisturbed_one(tmp_path: Path) -> None:
-    schedule = Schedule(steps=7, batch_size=1, lr=1e-2, warmup=2, save_every=2, average=0.9)
+    schedule = Schedule(steps=7, batch_size=1, lr=1e-2, photos=0, warmup=2, save_every=2, average=0.9)
 
     def run(folder: Path, stop_at: int | None) -> dict[str, torch.Tensor]:
         net = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Dropout(0.5))
@@ -222,16 +222,19 @@ def test_an_interrupted_training_ends_like_an_undisturbed_one(tmp_path: Path) ->
             net[0].bias.zero_()
         deadline = [np.inf]
 
-        def loss_of(step: int) -> torch.Tensor:
+        def batch_of(step: int) -> dict[str, torch.Tensor]:
+            return {"numbers": torch.arange(12.0).view(4, 3) * (step + 1)}
+
+        def loss_of(step: int, batch: dict[str, torch.Tensor]) -> torch.Tensor:
             if step == stop_at:
                 deadline[0] = -1.0
-            return (net(torch.arange(12.0).view(4, 3) * (step + 1)) - 1).square().mean()
+            return (net(batch["numbers"]) - 1).square().mean()
 
         class Place(Workplace):
             def __getattribute__(self, name: str) -> Any:
                 return deadline[0] if name == "deadline" else object.__getattribute__(self, name)
 
-        fit("toy", net, loss_of, schedule, Place(folder, folder, folder, 0, 0.0, 1))
+        fit("toy", net, batch_of, loss_of, schedule, Place(folder, folder, folder, 0, 0.0, 1))
         return net.state_dict()
 
     expected = run(tmp_path / "whole", None)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 IMAGE_SIDE = 128
 LATENT_SIDE = IMAGE_SIDE // 8
-PARSER_SIDE = 192
+PARSER_SIDE = 256
 TEXT_WIDTH = 64
 CONTEXT_WIDTH = 2 * TEXT_WIDTH
 TIME_IDS_WIDTH = 32
@@ -89,7 +89,7 @@ def vae() -> AutoencoderKL:
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(16, 32, 64, 96),
+        block_out_channels=(32, 64, 96, 128),
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=8,
@@ -133,7 +133,7 @@ def text_encoders(vocabulary: int) -> tuple[CLIPTextModel, CLIPTextModelWithProj
 
 
 def parser() -> SegformerForSemanticSegmentation:
-    """A SegFormer (arXiv 2105.15203) over CelebAMask-HQ's 19 classes: (B, 3, 192, 192) to logits (B, 19, 48, 48)."""
+    """A SegFormer (arXiv 2105.15203) over CelebAMask-HQ's 19 classes: (B, 3, 256, 256) to logits (B, 19, 64, 64)."""
     from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
     return SegformerForSemanticSegmentation(

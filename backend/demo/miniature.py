@@ -116,12 +116,12 @@ def write_identity(folder: Path, net: nn.Module) -> None:
 
 
 def write_parser(folder: Path, model: Any) -> None:
-    """A SegFormer with its image processor: 192x192, ImageNet's mean and standard deviation."""
+    """A SegFormer in half precision with its image processor: 256x256, ImageNet's mean and standard deviation."""
     from transformers import SegformerImageProcessor
 
     from backend.demo.architectures import PARSER_SIDE
 
-    _save(model, folder / "face-parsing")
+    _save(copy.deepcopy(model).half(), folder / "face-parsing")
     SegformerImageProcessor(size={"height": PARSER_SIDE, "width": PARSER_SIDE}, do_reduce_labels=False).save_pretrained(
         folder / "face-parsing"
     )
@@ -144,9 +144,9 @@ def write_diffusion(folder: Path, name: str, model: Any) -> None:
 
 
 def write_text_encoders(folder: Path, first: Any, second: Any) -> None:
-    """SDXL's two text encoders, in float32: transformers would load half precision as half precision."""
-    _save(first, folder / _SDXL / "text_encoder")
-    _save(second, folder / _SDXL / "text_encoder_2")
+    """SDXL's two text encoders in half precision."""
+    _save(copy.deepcopy(first).half(), folder / _SDXL / "text_encoder")
+    _save(copy.deepcopy(second).half(), folder / _SDXL / "text_encoder_2")
 
 
 def _save(model: Any, folder: Path) -> None:

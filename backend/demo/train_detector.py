@@ -7,6 +7,7 @@ cells around its centre, on the one or two strides that suit its size.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import cv2
@@ -18,13 +19,12 @@ from torch.nn import functional as F
 
 from backend.demo import miniature, train_loop
 from backend.demo.networks import DETECTOR_SIDE, DETECTOR_STRIDES, DFL_BINS, FaceDetectorNet
-from backend.demo.portraits import blur_face
-from backend.demo.training_data import Photo, Photos, face_ring, jittered, relight
+from backend.demo.training_data import Photo, Photos, jittered, relight
 from backend.imaging import crop
 from backend.training import keyed
 
-SCHEDULE = train_loop.Schedule(steps=1400, batch_size=8, lr=2e-3, warmup=50, average=0.99, save_every=100)
-PHOTOS = 1536
+SCHEDULE = train_loop.Schedule(steps=1400, batch_size=8, lr=2e-3, photos=1536, warmup=50, average=0.99, save_every=100)
+LONG = train_loop.Schedule(steps=4000, batch_size=24, lr=2e-3, photos=6144, warmup=100, average=0.998, save_every=500)
 _SIZES = {8: (0, 64), 16: (44, 190), 32: (150, 10_000)}
 """Longer side of the faces, in pixels of the 640 input, that each stride learns; neighbours overlap."""
 _REACH = 1.0  # cells whose centre lies this many strides from the face's centre are faces
@@ -43,20 +43,25 @@ class Canvas:
 
 def train(place: train_loop.Workplace) -> dict[str, Any]:
     """Trains the detector, writes it to the workplace's ``weights`` folder and returns its card's entries."""
-    photos = Photos(place.cache, "train", PHOTOS, workers=place.workers)
+    schedule = place.pick(SCHEDULE, LONG)
+    photos = Photos(place.cache, "train", schedule.photos, workers=place.workers)
     net = FaceDetectorNet().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def loss_of(step: int) -> Tensor:
-        rng = keyed.numpy_generator(place.seed, "detector", step)
-        canvases = [draw_canvas(photos, rng) for _ in range(SCHEDULE.batch_size)]
-        images = torch.from_numpy(np.stack([canvas.image for canvas in canvases])).permute(0, 3, 1, 2)
-        with torch.autocast("cpu", torch.bfloat16):  # three times as fast as float32 where the CPU has AVX512-BF16
-            outputs = net(images.float().div(255).contiguous(memory_format=torch.channels_last))
-        return detection_loss(outputs, canvases)
+    def loss_of(_: int, batch: train_loop.Batch) -> Tensor:
+        images = batch["images"].permute(0, 3, 1, 2).float().div(255).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(place.device.type, torch.bfloat16):  # on a CPU with AVX512-BF16 three times as fast as float32
+            outputs = net(images)
+        return detection_loss(outputs, batch)
 
-    loss = train_loop.fit("detector", net, loss_of, SCHEDULE, place)
+    loss = train_loop.fit("detector", net, partial(_batch, photos, schedule.batch_size, place.seed), loss_of, schedule, place)
     miniature.write_detector(place.weights, net)
-    return {"steps": SCHEDULE.steps, "loss": round(loss, 4), "photos": PHOTOS}
+    return {"steps": schedule.steps, "loss": round(loss, 4), "photos": schedule.photos}
+
+
+def _batch(photos: Photos, size: int, seed: int, step: int) -> train_loop.Batch:
+    rng = keyed.numpy_generator(seed, "detector", step)
+    canvases = [draw_canvas(photos, rng) for _ in range(size)]
+    return {"images": torch.from_numpy(np.stack([canvas.image for canvas in canvases])), **targets(canvases)}
 
 
 # ---- pictures ------------------------------------------------------------------
@@ -87,9 +92,9 @@ def _region(
     photo: Photo, aspect: float | None, rng: np.random.Generator
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32] | None, NDArray[np.float32] | None]:
     """A part of the photo, blurred or mirrored at times: the picture, and the face's box and landmarks in it."""
+    if photo.box is not None and rng.random() < 0.35:
+        photo = photo.with_blurred_face()
     image, box, points = photo.image, photo.box, photo.landmarks
-    if box is not None and rng.random() < 0.35:
-        image = blur_face(image, face_ring(box))
     frame = crop.Square(0, 0, image.shape[0])
     how = rng.random()
     if how < 0.4 or (box is None and how > 0.75):
@@ -134,42 +139,45 @@ def _mirrored(
 
 # ---- loss ----------------------------------------------------------------------
 
+_IGNORE, _NONE, _FACE = -1, 0, 1
 
-def detection_loss(outputs: tuple[Tensor, ...], canvases: list[Canvas]) -> Tensor:
-    """Focal loss of the class over all cells; box distribution, box overlap and landmarks over the cells that are faces."""
-    total = torch.zeros(())
-    hits = 0
-    parts = []
+
+def targets(canvases: list[Canvas]) -> train_loop.Batch:
+    """What each cell should say. For each stride s: ``cells{s}`` (B, h, w) int8, a face 1, none 0, neither -1; ``faces{s}`` (B, h, w, 14)
+    float32, the box (4) and landmarks (10) of its face in strides."""
+    maps: train_loop.Batch = {}
+    for stride in DETECTOR_STRIDES:
+        side = DETECTOR_SIDE // stride
+        centres = (np.arange(side) + 0.5) * stride
+        cells = np.full((len(canvases), side, side), _NONE, np.int8)
+        faces = np.zeros((len(canvases), side, side, 14), np.float32)
+        low, high = _SIZES[stride]
+        for b, canvas in enumerate(canvases):
+            for (x0, y0, x1, y1), points in zip(canvas.boxes, canvas.landmarks, strict=True):
+                across = np.abs(centres[None] - (x0 + x1) / 2)
+                down = np.abs(centres[:, None] - (y0 + y1) / 2)
+                distance = np.maximum(across, down) / stride
+                cells[b][(distance < _IGNORED) & (cells[b] == _NONE)] = _IGNORE
+                if low <= max(x1 - x0, y1 - y0) < high:
+                    cells[b][distance < _REACH] = _FACE
+                    faces[b][distance < _REACH] = np.concatenate([[x0, y0, x1, y1], points.ravel()]) / stride
+        maps |= {f"cells{stride}": torch.from_numpy(cells), f"faces{stride}": torch.from_numpy(faces)}
+    return maps
+
+
+def detection_loss(outputs: tuple[Tensor, ...], batch: train_loop.Batch) -> Tensor:
+    """Focal loss of the class over all cells; box distribution, box overlap and landmarks over the cells that are faces.
+
+    outputs: those of FaceDetectorNet. batch: with the maps of ``targets``.
+    """
+    parts, hits = [], []
     for output, stride in zip(outputs, DETECTOR_STRIDES, strict=True):
         cells = output.float().permute(0, 2, 3, 1)  # (B, h, w, 80)
-        owner, counted = _assign(canvases, stride, cells.shape[1])
-        positive = owner >= 0
-        hits += int(positive.sum())
-        parts.append(_focal(cells[..., 4 * DFL_BINS], positive)[counted].sum())
-        if positive.any():
-            parts.append(_face_terms(cells[positive], positive, owner[positive], canvases, stride).sum())
-    for part in parts:
-        total = total + part
-    return total / max(hits, 1)
-
-
-def _assign(canvases: list[Canvas], stride: int, side: int) -> tuple[Tensor, Tensor]:
-    """For each cell the index of its face or -1, (B, side, side), and whether it counts in the class loss."""
-    centres = (np.arange(side) + 0.5) * stride
-    owner = np.full((len(canvases), side, side), -1, np.int64)
-    counted = np.ones(owner.shape, bool)
-    low, high = _SIZES[stride]
-    for b, canvas in enumerate(canvases):
-        for k, (x0, y0, x1, y1) in enumerate(canvas.boxes):
-            across = np.abs(centres[None] - (x0 + x1) / 2)
-            down = np.abs(centres[:, None] - (y0 + y1) / 2)
-            distance = np.maximum(across, down) / stride
-            suits = low <= max(x1 - x0, y1 - y0) < high
-            counted[b][distance < _IGNORED] = False
-            if suits:
-                owner[b][distance < _REACH] = k
-    counted |= owner >= 0
-    return torch.from_numpy(owner), torch.from_numpy(counted)
+        state = batch[f"cells{stride}"]
+        hits.append((state == _FACE).sum())
+        parts.append((_focal(cells[..., 4 * DFL_BINS], state == _FACE) * (state != _IGNORE)).sum())
+        parts.append(_face_terms(cells[state == _FACE], state == _FACE, batch[f"faces{stride}"][state == _FACE]).sum())
+    return torch.stack(parts).sum() / torch.stack(hits).sum().clamp_min(1)
 
 
 def _focal(logits: Tensor, positive: Tensor) -> Tensor:
@@ -180,11 +188,10 @@ def _focal(logits: Tensor, positive: Tensor) -> Tensor:
     return 2.0 * miss.square() * F.binary_cross_entropy_with_logits(logits, target, reduction="none")
 
 
-def _face_terms(cells: Tensor, positive: Tensor, owner: Tensor, canvases: list[Canvas], stride: int) -> Tensor:
-    """Box and landmark losses of the cells that are faces, (n,)."""
-    batch, row, column = torch.nonzero(positive, as_tuple=True)
-    boxes = torch.from_numpy(np.stack([canvases[b].boxes[k] for b, k in zip(batch.tolist(), owner.tolist(), strict=True)])) / stride
-    points = torch.from_numpy(np.stack([canvases[b].landmarks[k] for b, k in zip(batch.tolist(), owner.tolist(), strict=True)])) / stride
+def _face_terms(cells: Tensor, positive: Tensor, faces: Tensor) -> Tensor:
+    """Box and landmark losses (n,) of the cells (n, 80) that are faces (n, 14), where ``positive`` (B, h, w) says."""
+    _, row, column = torch.nonzero(positive, as_tuple=True)
+    boxes, points = faces[:, :4], faces[:, 4:].view(-1, 5, 2)
     centre = torch.stack([column, row], dim=1) + 0.5
     wanted = torch.cat([centre - boxes[:, :2], boxes[:, 2:] - centre], dim=1).clamp(0, DFL_BINS - 1.01)  # (n, 4)
     logits = cells[:, : 4 * DFL_BINS].reshape(-1, 4, DFL_BINS)
@@ -194,12 +201,12 @@ def _face_terms(cells: Tensor, positive: Tensor, owner: Tensor, canvases: list[C
     distribution = (
         entropy.gather(2, below[..., None])[..., 0] * (1 - share) + entropy.gather(2, below[..., None] + 1)[..., 0] * share
     ).mean(1)
-    distances = (logits.softmax(-1) * torch.arange(DFL_BINS)).sum(-1)
+    distances = (logits.softmax(-1) * torch.arange(DFL_BINS, device=cells.device)).sum(-1)
     landmarks = cells[:, 4 * DFL_BINS + 1 :].reshape(-1, 5, 3)
     placed = landmarks[..., :2] * 2.0 + (centre - 0.5)[:, None]
     size = (boxes[:, 2:] - boxes[:, :2]).max(dim=1).values
     offset = F.smooth_l1_loss(placed, points, reduction="none", beta=0.5).mean(dim=(1, 2)) / size
-    seen = F.binary_cross_entropy_with_logits(landmarks[..., 2], torch.ones(()).expand_as(landmarks[..., 2]), reduction="none").mean(1)
+    seen = F.binary_cross_entropy_with_logits(landmarks[..., 2], torch.ones_like(landmarks[..., 2]), reduction="none").mean(1)
     return 0.5 * distribution + 2.0 * (1 - _overlap(distances, wanted)) + 4.0 * offset + 0.1 * seen
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import cv2
@@ -14,11 +15,13 @@ from uniface.face_utils import face_alignment
 
 from backend.demo import miniature, train_loop
 from backend.demo.networks import IDENTITY_SIDE, IDENTITY_WIDTH, IdentityNet
-from backend.demo.training_data import Photo, Photos, relight
+from backend.demo.training_data import VIEWS_PER_HEAD, Photo, Photos, relight
 from backend.training import keyed
 
-SCHEDULE = train_loop.Schedule(steps=1000, batch_size=64, lr=1.5e-3, warmup=100, weight_decay=5e-2, average=0.995, save_every=100)
-PHOTOS = 1536
+SCHEDULE = train_loop.Schedule(
+    steps=1000, batch_size=64, lr=1.5e-3, photos=1536, warmup=100, weight_decay=5e-2, average=0.995, save_every=100
+)
+LONG = train_loop.Schedule(steps=3000, batch_size=128, lr=2e-3, photos=6144, warmup=200, weight_decay=5e-2, average=0.998, save_every=500)
 MAX_YAW = 60.0
 MARGIN, SCALE = 0.3, 24.0
 
@@ -38,20 +41,25 @@ class _Classifier(nn.Module):
 
 def train(place: train_loop.Workplace) -> dict[str, Any]:
     """Trains the identity net, writes it to the workplace's ``weights`` folder and returns its card's entries."""
-    photos = Photos(place.cache, "train", PHOTOS, workers=place.workers)
+    schedule = place.pick(SCHEDULE, LONG)
+    photos = Photos(place.cache, "train", schedule.photos, workers=place.workers)
     usable = [k for k in range(len(photos)) if photos[k].landmarks is not None and abs(photos[k].view.yaw) <= MAX_YAW]
-    heads = {seed: label for label, seed in enumerate(sorted({photos[k].view.identity.seed for k in usable}))}
-    model = _Classifier(len(heads))
+    heads = len({photos[k].view.identity.seed for k in usable})
+    model = _Classifier(len(photos) // VIEWS_PER_HEAD)
 
-    def loss_of(step: int) -> Tensor:
-        rng = keyed.numpy_generator(place.seed, "identity", step)
-        chosen = [photos[usable[int(k)]] for k in rng.integers(len(usable), size=SCHEDULE.batch_size)]
-        faces = torch.from_numpy(np.stack([network_input(aligned_face(photo, rng)) for photo in chosen]))
-        return model(faces, torch.tensor([heads[photo.view.identity.seed] for photo in chosen]))  # type: ignore[no-any-return]
+    def loss_of(_: int, batch: train_loop.Batch) -> Tensor:
+        return model(batch["faces"], batch["labels"])  # type: ignore[no-any-return]
 
-    loss = train_loop.fit("identity", model, loss_of, SCHEDULE, place)
+    loss = train_loop.fit("identity", model, partial(_batch, photos, usable, schedule.batch_size, place.seed), loss_of, schedule, place)
     miniature.write_identity(place.weights, model.net)
-    return {"steps": SCHEDULE.steps, "loss": round(loss, 4), "heads": len(heads)}
+    return {"steps": schedule.steps, "loss": round(loss, 4), "heads": heads}
+
+
+def _batch(photos: Photos, usable: list[int], size: int, seed: int, step: int) -> train_loop.Batch:
+    rng = keyed.numpy_generator(seed, "identity", step)
+    chosen = [usable[int(k)] for k in rng.integers(len(usable), size=size)]
+    faces = torch.from_numpy(np.stack([network_input(aligned_face(photos[k], rng)) for k in chosen]))
+    return {"faces": faces, "labels": torch.tensor([k // VIEWS_PER_HEAD for k in chosen])}
 
 
 def aligned_face(photo: Photo, rng: np.random.Generator) -> NDArray[np.uint8]:
@@ -61,8 +69,8 @@ def aligned_face(photo: Photo, rng: np.random.Generator) -> NDArray[np.uint8]:
     landmarks = photo.landmarks + rng.normal(0, 0.015 * size, (5, 2)).astype(np.float32)
     face, _ = face_alignment(photo.image, landmarks, image_size=(IDENTITY_SIDE, IDENTITY_SIDE))
     face = relight(np.ascontiguousarray(face), rng)
-    if rng.random() < 0.3:
-        small = int(rng.integers(28, 80))
+    if rng.random() < 0.5:  # as small as a face is in a head crop of 128 px
+        small = int(rng.integers(24, 80))
         face = cv2.resize(cv2.resize(face, (small, small), interpolation=cv2.INTER_AREA), (IDENTITY_SIDE, IDENTITY_SIDE))
     if rng.random() < 0.3:
         _cover(face, rng)

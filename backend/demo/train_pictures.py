@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,34 +15,36 @@ from torch.nn import functional as F
 
 from backend.demo import architectures, miniature, train_loop, traits
 from backend.demo.networks import VGG_WIDTHS, vgg_features
-from backend.demo.portraits import HAIR, blur_face
-from backend.demo.training_data import Photo, Photos, face_ring, head_crop, jittered, relight
+from backend.demo.portraits import HAIR
+from backend.demo.training_data import Photo, Photos, hair_mask, head_crop, jittered, relight
 from backend.imaging import bald, crop
 from backend.training import keyed
 from backend.training.models import losses
 from backend.training.models.perceptual import load_perceptual
 from backend.tryon import conditioning
-from backend.weights import folder
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
-PHOTOS = 640
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-PARSER_PHOTOS = 1536
-PARSER = train_loop.Schedule(steps=1100, batch_size=12, lr=1.5e-3, warmup=50, average=0.99, save_every=100)
-PERCEPTUAL = train_loop.Schedule(steps=600, batch_size=32, lr=2e-3, warmup=50, average=0.98, save_every=100)
-VAE = train_loop.Schedule(steps=1100, batch_size=12, lr=2e-3, warmup=100, weight_decay=1e-3, average=0.99, save_every=100)
-DECODER = train_loop.Schedule(steps=1200, batch_size=8, lr=1e-3, warmup=20, weight_decay=1e-3, average=0.98, save_every=50)
+PARSER = train_loop.Schedule(steps=1100, batch_size=12, lr=1.5e-3, photos=1536, warmup=50, average=0.99, save_every=100)
+PARSER_LONG = train_loop.Schedule(steps=4000, batch_size=32, lr=1.5e-3, photos=6144, warmup=200, average=0.998, save_every=500)
+PERCEPTUAL = train_loop.Schedule(steps=600, batch_size=32, lr=2e-3, photos=640, warmup=50, average=0.98, save_every=100)
+PERCEPTUAL_LONG = train_loop.Schedule(steps=2000, batch_size=96, lr=2e-3, photos=6144, warmup=100, average=0.995, save_every=500)
+VAE = train_loop.Schedule(steps=1100, batch_size=12, lr=2e-3, photos=640, warmup=100, weight_decay=1e-3, average=0.99, save_every=100)
+VAE_LONG = train_loop.Schedule(
+    steps=5000, batch_size=64, lr=1.5e-3, photos=6144, warmup=200, weight_decay=1e-3, average=0.998, save_every=500
+)
 KL_WEIGHT = 1e-6
+LPIPS_WEIGHT, GRAM_WEIGHT = 1.0, 0.15
 SDXL_SCALING = 0.13025
 _ATTRIBUTES = {"curl": 4, "volume": 3, "length": 5, "colour": 9, "bangs": 5}
 
 
-def normalised(images: list[NDArray[np.uint8]]) -> Tensor:
-    """uint8 RGB pictures to (B, 3, S, S) in ImageNet's normalisation."""
-    tensor = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float().div(255)
-    return (tensor - torch.tensor(IMAGENET_MEAN).view(3, 1, 1)) / torch.tensor(IMAGENET_STD).view(3, 1, 1)
+def normalised(images: Tensor) -> Tensor:
+    """(B, S, S, 3) uint8 RGB to (B, 3, S, S) in ImageNet's normalisation."""
+    mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return (images.permute(0, 3, 1, 2).float().div(255) - mean) / std
 
 
 # ---- parser --------------------------------------------------------------------
@@ -49,27 +52,33 @@ def normalised(images: list[NDArray[np.uint8]]) -> Tensor:
 
 def train_parser(place: train_loop.Workplace) -> dict[str, Any]:
     """SegFormer on head crops from tight to the whole frame, faces blurred or intact, by cross entropy."""
-    photos = Photos(place.cache, "train", PARSER_PHOTOS, workers=place.workers)
+    schedule = place.pick(PARSER, PARSER_LONG)
+    photos = Photos(place.cache, "train", schedule.photos, workers=place.workers)
     model = architectures.parser()
 
-    def loss_of(step: int) -> Tensor:
-        rng = keyed.numpy_generator(place.seed, "parser", step)
-        samples = [_parser_sample(photos[int(rng.integers(len(photos)))], rng) for _ in range(PARSER.batch_size)]
-        odd = step % 2
-        labels = torch.from_numpy(np.stack([parsing[odd::2, odd::2] for _, parsing in samples])).long()  # twice the logits' side is enough
-        logits = model(pixel_values=normalised([image for image, _ in samples])).logits
+    def loss_of(_: int, batch: train_loop.Batch) -> Tensor:
+        labels = batch["labels"].long()
+        logits = model(pixel_values=normalised(batch["images"])).logits
         return F.cross_entropy(F.interpolate(logits, size=labels.shape[1:], mode="bilinear", align_corners=False), labels)
 
-    loss = train_loop.fit("parser", model, loss_of, PARSER, place)
+    loss = train_loop.fit("parser", model, partial(_parser_batch, photos, schedule.batch_size, place.seed), loss_of, schedule, place)
     miniature.write_parser(place.weights, model)
-    return {"steps": PARSER.steps, "loss": round(loss, 4)}
+    return {"steps": schedule.steps, "loss": round(loss, 4)}
+
+
+def _parser_batch(photos: Photos, size: int, seed: int, step: int) -> train_loop.Batch:
+    rng = keyed.numpy_generator(seed, "parser", step)
+    samples = [_parser_sample(photos[int(rng.integers(len(photos)))], rng) for _ in range(size)]
+    odd = step % 2
+    labels = np.stack([parsing[odd::2, odd::2] for _, parsing in samples])  # twice the logits' side is enough
+    return {"images": torch.from_numpy(np.stack([image for image, _ in samples])), "labels": torch.from_numpy(labels)}
 
 
 def _parser_sample(photo: Photo, rng: np.random.Generator) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     square = jittered(photo.square(), rng, (0.7, 1.7), 0.12) if rng.random() < 0.85 else crop.Square(0, 0, photo.image.shape[0])
     small = int(rng.choice([64, 96, 128, architectures.PARSER_SIDE], p=[0.05, 0.15, 0.4, 0.4]))
     if photo.box is not None and rng.random() < 0.5:
-        photo = Photo(photo.view, blur_face(photo.image, face_ring(photo.box)), photo.parsing, photo.box, photo.landmarks)
+        photo = photo.with_blurred_face()
     image, _ = head_crop(photo, square, small)
     _, parsing = head_crop(photo, square, architectures.PARSER_SIDE)
     image = crop.resize(relight(image, rng), architectures.PARSER_SIDE)
@@ -115,21 +124,17 @@ class _AttributeNet(nn.Module):
 
 def train_perceptual(place: train_loop.Workplace) -> dict[str, Any]:
     """VGG-shaped features that tell hairstyle attributes: head crops for all of them, hair close-ups for curl, volume and colour."""
-    photos = Photos(place.cache, "train", PHOTOS, workers=place.workers)
+    schedule = place.pick(PERCEPTUAL, PERCEPTUAL_LONG)
+    photos = Photos(place.cache, "train", schedule.photos, workers=place.workers)
     model = _AttributeNet()
 
-    def loss_of(step: int) -> Tensor:
-        rng = keyed.numpy_generator(place.seed, "perceptual", step)
-        samples = [_attribute_sample(photos[int(rng.integers(len(photos)))], rng) for _ in range(PERCEPTUAL.batch_size)]
-        predicted = model(normalised([image for image, _ in samples]))
-        losses = [
-            F.cross_entropy(predicted[name], torch.tensor([labels[name] for _, labels in samples]), ignore_index=-1) for name in _ATTRIBUTES
-        ]
-        return torch.stack(losses).sum()
+    def loss_of(_: int, batch: train_loop.Batch) -> Tensor:
+        predicted = model(normalised(batch["images"]))
+        return torch.stack([F.cross_entropy(predicted[name], batch[name], ignore_index=-1) for name in _ATTRIBUTES]).sum()
 
-    loss = train_loop.fit("perceptual", model, loss_of, PERCEPTUAL, place)
+    loss = train_loop.fit("perceptual", model, partial(_attribute_batch, photos, schedule.batch_size, place.seed), loss_of, schedule, place)
     miniature.write_perceptual(place.weights, model.features)
-    return {"steps": PERCEPTUAL.steps, "loss": round(loss, 4)}
+    return {"steps": schedule.steps, "loss": round(loss, 4)}
 
 
 def attributes(style: traits.Hairstyle) -> dict[str, int]:
@@ -141,6 +146,13 @@ def attributes(style: traits.Hairstyle) -> dict[str, int]:
         "colour": list(traits.HAIR_COLOURS).index(style.colour),
         "bangs": traits.BANGS.index(style.bangs),
     }
+
+
+def _attribute_batch(photos: Photos, size: int, seed: int, step: int) -> train_loop.Batch:
+    rng = keyed.numpy_generator(seed, "perceptual", step)
+    samples = [_attribute_sample(photos[int(rng.integers(len(photos)))], rng) for _ in range(size)]
+    labels = {name: torch.tensor([labels[name] for _, labels in samples]) for name in _ATTRIBUTES}
+    return {"images": torch.from_numpy(np.stack([image for image, _ in samples])), **labels}
 
 
 def _attribute_sample(photo: Photo, rng: np.random.Generator) -> tuple[NDArray[np.uint8], dict[str, int]]:
@@ -163,63 +175,43 @@ def _attribute_sample(photo: Photo, rng: np.random.Generator) -> tuple[NDArray[n
 
 
 def train_vae(place: train_loop.Workplace) -> dict[str, Any]:
-    """AutoencoderKL on head crops, by L1 on pixels and on their differences; then its decoder alone, for texture. No adversary."""
-    photos = Photos(place.cache, "train", PHOTOS, workers=place.workers)
+    """AutoencoderKL on head crops, by pixels, LPIPS and the hair's Gram matrices. No adversary.
+
+    Squared errors alone blur strands away, and with them the curl that a result should show; correlations of features inside the hair
+    do not ask where a strand lies. The features are the perceptual net's, so it is trained before.
+    """
+    schedule = place.pick(VAE, VAE_LONG)
+    photos = Photos(place.cache, "train", schedule.photos, workers=place.workers)
+    with tempfile.TemporaryDirectory() as temporary:
+        miniature.copy_part(miniature.by_name("perceptual"), place.weights, Path(temporary))
+        network = load_perceptual(Path(temporary))[0].to(place.device)
     model = architectures.vae().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def loss_of(step: int) -> Tensor:
-        rng = keyed.numpy_generator(place.seed, "vae", step)
-        images = autoencoder_batch(photos, rng, VAE.batch_size).contiguous(memory_format=torch.channels_last)
+    def loss_of(_: int, batch: train_loop.Batch) -> Tensor:
+        images = batch["images"].contiguous(memory_format=torch.channels_last)
+        hair = batch["hair"]
         posterior = model.encode(images).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=keyed.torch_generator(place.seed, "vae-noise", step))
-        decoded = model.decode(posterior.mean + posterior.std * noise).sample
-        return _reconstruction_loss(decoded, images) + KL_WEIGHT * posterior.kl().mean()
+        decoded = model.decode(posterior.mean + posterior.std * torch.randn_like(posterior.std)).sample
+        wanted = [features.detach() for features in network.features(images)]
+        found = network.features(decoded)
+        return (
+            _reconstruction_loss(decoded, images, hair)
+            + LPIPS_WEIGHT * network.distance(found, wanted).mean()
+            + GRAM_WEIGHT * _gram_error(found, wanted, hair)
+            + KL_WEIGHT * posterior.kl().mean()
+        )
 
-    loss = train_loop.fit("vae", model, loss_of, VAE, place)
-    rng = keyed.numpy_generator(place.seed, "vae-scale")
+    loss = train_loop.fit(
+        "vae", model, partial(_autoencoder_batch, photos, schedule.batch_size, place.seed, "vae"), loss_of, schedule, place
+    )
+    model.to(place.device)
     with torch.no_grad():
-        latents = torch.cat([model.encode(autoencoder_batch(photos, rng, 32)).latent_dist.mean for _ in range(8)])
+        batches = train_loop.drawn_ahead(partial(_autoencoder_batch, photos, 32, place.seed, "vae-scale"), range(16), place)
+        latents = torch.cat([model.encode(batch["images"]).latent_dist.mean for batch in batches]).cpu()
+    model.to("cpu")
     standardise(model, latents.mean((0, 2, 3)), latents.std((0, 2, 3)))
     miniature.write_diffusion(place.weights, "vae", model)
-    return {"steps": VAE.steps, "loss": round(loss, 4), "decoder_steps": DECODER.steps, "decoder_loss": round(train_decoder(place), 4)}
-
-
-def train_decoder(place: train_loop.Workplace) -> float:
-    """Teaches the autoencoder's decoder texture: squared errors blur strands away, and with them the curl that a result should show.
-
-    The encoder stays, so latents and all that was trained on them stay valid. Pixels, features of the perceptual net (LPIPS) and their
-    correlations inside the hair (Gram matrices, which do not ask where a strand lies) count together.
-    """
-    photos = Photos(place.cache, "train", PHOTOS, workers=place.workers)
-    with tempfile.TemporaryDirectory() as temporary:
-        for part in ("vae", "perceptual"):
-            miniature.copy_part(miniature.by_name(part), place.weights, Path(temporary))
-        model = conditioning.load_vae(folder(Path(temporary), "inpainting"), device=torch.device("cpu"), dtype=torch.float32)
-        network = load_perceptual(Path(temporary))[0]
-    model = model.to(memory_format=torch.channels_last)
-    for parameter in (*model.decoder.parameters(), *model.post_quant_conv.parameters()):
-        parameter.requires_grad_(True)
-
-    def loss_of(step: int) -> Tensor:
-        rng = keyed.numpy_generator(place.seed, "decoder", step)
-        samples = [_autoencoder_sample(photos[int(rng.integers(len(photos)))], rng) for _ in range(DECODER.batch_size)]
-        images = conditioning.to_tensor([image for image, _ in samples]).contiguous(memory_format=torch.channels_last)
-        hair = conditioning.mask_tensor([mask for _, mask in samples])
-        with torch.no_grad():
-            latents = model.encode(images).latent_dist.mean
-        decoded = model.decode(latents).sample
-        wanted = [features.detach() for features in network.features(images)]
-        correlations = []
-        for ours, theirs in zip(network.features(decoded), wanted, strict=True):
-            weight = F.interpolate(hair, ours.shape[-2:], mode="area")
-            target = losses.gram_matrix(theirs, weight)
-            error = (losses.gram_matrix(ours, weight) - target).square().sum((1, 2)) / target.square().sum((1, 2)).clamp_min(1e-6)
-            correlations.append(error.mean())
-        return _reconstruction_loss(decoded, images) + network.lpips(decoded, images).mean() + 0.15 * torch.stack(correlations).mean()
-
-    loss = train_loop.fit("decoder", model, loss_of, DECODER, place)
-    miniature.write_diffusion(place.weights, "vae", model)
-    return loss
+    return {"steps": schedule.steps, "loss": round(loss, 4)}
 
 
 @torch.no_grad()
@@ -240,31 +232,47 @@ def standardise(model: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
     model.register_to_config(scaling_factor=SDXL_SCALING)
 
 
-def autoencoder_batch(photos: Photos, rng: np.random.Generator, count: int) -> Tensor:
-    """Head crops (count, 3, 128, 128) in -1..1: as they are, with a blurred face, or with the hair removed."""
-    images = [_autoencoder_sample(photos[int(rng.integers(len(photos)))], rng)[0] for _ in range(count)]
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+def _autoencoder_batch(photos: Photos, count: int, seed: int, purpose: str, step: int) -> train_loop.Batch:
+    """images: head crops (count, 3, 128, 128) in -1..1, as they are, with a blurred face, or with the hair removed; hair: its mask
+    (count, 1, 128, 128), 0 or 1."""
+    rng = keyed.numpy_generator(seed, purpose, step)
+    samples = [_autoencoder_sample(photos[int(rng.integers(len(photos)))], rng) for _ in range(count)]
+    return {
+        "images": conditioning.to_tensor([image for image, _ in samples]),
+        "hair": conditioning.mask_tensor([mask for _, mask in samples]),
+    }
 
 
 def _autoencoder_sample(photo: Photo, rng: np.random.Generator) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """The picture and the mask of its hair, (128, 128) uint8 0/255."""
     square = jittered(photo.square(), rng, (0.8, 1.2), 0.08)
-    blurred = photo.box is not None and rng.random() < 0.5
-    if blurred:
-        photo = Photo(photo.view, blur_face(photo.image, face_ring(photo.box)), photo.parsing, photo.box, photo.landmarks)  # type: ignore[arg-type]
+    if rng.random() < 0.5:
+        photo = photo.with_blurred_face()
     image, parsing = head_crop(photo, square, architectures.IMAGE_SIDE)
+    mask = hair_mask(parsing)
     if rng.random() < 0.15:
-        box = None if photo.box is None else square.scaled_box(tuple(map(float, photo.box)), architectures.IMAGE_SIDE)  # type: ignore[arg-type]
-        image = bald.remove_hair(image, np.where(parsing == HAIR, np.uint8(255), np.uint8(0)), box)
-        parsing = np.zeros_like(parsing)
+        image = bald.remove_hair(image, mask, photo.box_in(square, architectures.IMAGE_SIDE))
+        mask = np.zeros_like(mask)
     gain = rng.uniform(0.85, 1.15) * rng.uniform(0.96, 1.04, 3)
     image = np.clip((image.astype(np.float32) - 127) * gain + 127 + rng.uniform(-12, 12), 0, 255).astype(np.uint8)
-    mask = np.where(parsing == HAIR, np.uint8(255), np.uint8(0))
-    return (image, mask) if rng.random() < 0.5 else (image[:, ::-1], mask[:, ::-1])
+    return (image, mask) if rng.random() < 0.5 else (np.ascontiguousarray(image[:, ::-1]), np.ascontiguousarray(mask[:, ::-1]))
 
 
-def _reconstruction_loss(decoded: Tensor, images: Tensor) -> Tensor:
-    """Mean absolute error and squared error of pixels, and mean absolute error of differences between neighbours."""
-    error = decoded - images
+def _reconstruction_loss(decoded: Tensor, images: Tensor, hair: Tensor) -> Tensor:
+    """Absolute and squared error of pixels and absolute error of differences between neighbours; hair counts twice."""
+    weight = 1.0 + hair
+    error = (decoded - images) * weight / weight.mean()
     across, down = error.diff(dim=3).abs().mean(), error.diff(dim=2).abs().mean()
     return error.abs().mean() + 2.0 * error.square().mean() + 0.25 * (across + down)
+
+
+def _gram_error(found: list[Tensor], wanted: list[Tensor], hair: Tensor) -> Tensor:
+    """Relative squared error of the hair's Gram matrices, mean over feature layers and pictures."""
+    errors = []
+    for ours, theirs in zip(found, wanted, strict=True):
+        weight = F.interpolate(hair, ours.shape[-2:], mode="area")
+        target = losses.gram_matrix(theirs, weight)
+        errors.append(
+            ((losses.gram_matrix(ours, weight) - target).square().sum((1, 2)) / target.square().sum((1, 2)).clamp_min(1e-6)).mean()
+        )
+    return torch.stack(errors).mean()

@@ -20,17 +20,28 @@ from backend.training.stage2_files import PREFIX
 from backend.training.train_texture import RESULT, train_texture
 
 _BACKBONE = "backbone."
-ROUNDS = 2  # runs of Stage 1, each from the ResNet of the one before: a learning rate that rises again found better features
+ROUNDS = {"short": 2, "long": 1}  # runs of Stage 1, each from the ResNet of the one before: better features from few steps
+
+LONG = (
+    "data.split=[0.9, 0.04, 0.06]", "texture.steps=4000", "texture.batch_size=192", "texture.lr=8.0e-4", "texture.warmup=200",
+    "texture.save_every=500", "train.steps=3600", "train.batch_size=192", "train.lr=5.0e-4", "train.warmup=200", "train.save_every=900",
+    "train.validation_samples=64",
+)  # fmt: skip
+"""Settings of configs/miniature.yaml that the long training changes."""
 
 logger = logging.getLogger(__name__)
 
 
+def _set(place: train_loop.Workplace) -> str:
+    return "demo" if place.limit else "learn" if place.length == "short" else "learn-long"
+
+
 def train_resnet(place: train_loop.Workplace) -> dict[str, Any]:
     """Drawn strands, then Stage 0 and Stage 1 on the learning set; the encoder's ResNet is the part, its heads stay behind."""
-    config = _world(place)
     tensors = train_textures.school(place)
+    config = _world(place)
     prepare(config)
-    rounds = [config.paths.checkpoints.parent / f"round_{number}" for number in range(1, ROUNDS)] + [config.paths.checkpoints]
+    rounds = [config.paths.checkpoints.parent / f"round_{number}" for number in range(1, ROUNDS[place.length])] + [config.paths.checkpoints]
     for folder in rounds:
         miniature.write_resnet(config.paths.weights, _half(tensors))
         result = train_texture(config.model_copy(update={"paths": config.paths.model_copy(update={"checkpoints": folder})}))
@@ -38,7 +49,7 @@ def train_resnet(place: train_loop.Workplace) -> dict[str, Any]:
         tensors = {name.removeprefix(_BACKBONE): tensor for name, tensor in encoder.items() if name.startswith(_BACKBONE)}
         logger.info("Stage 1 in %s: %s", folder.name, _accuracies(result))
     miniature.write_resnet(place.weights, _half(tensors))
-    return {"steps": ROUNDS * result["steps"], "set": "learn", "scores": _accuracies(result)}
+    return {"steps": ROUNDS[place.length] * result["steps"], "set": _set(place), "scores": _accuracies(result)}
 
 
 def _accuracies(result: dict[str, Any]) -> dict[str, Any]:
@@ -57,7 +68,7 @@ def train_stage2_start(place: train_loop.Workplace) -> dict[str, Any]:
     if newest is None:
         raise MissingInputError(f"Stage 2 left no checkpoint in {config.paths.checkpoints}")
     miniature.write_stage2(place.weights, newest.weights)
-    return {"steps": result["steps"], "set": "learn", "scores": {name: result[name] for name in ("loss_first", "loss_last")}}
+    return {"steps": result["steps"], "set": _set(place), "scores": {name: result[name] for name in ("loss_first", "loss_last")}}
 
 
 def _world(place: train_loop.Workplace) -> Config:
@@ -69,6 +80,12 @@ def _world(place: train_loop.Workplace) -> Config:
     folders = ("processed", "checkpoints", "models", "report", "jobs")
     overrides = [f"paths.{name}={root / name}" for name in folders] + [f"paths.weights={root / 'pretrained'}"]
     overrides += [f"data.{name}={root / 'khairstyle' / name}" for name in ("images", "labels")]
+    if place.device.type == "cuda":
+        overrides.append("device=cuda")
+    overrides += [f"data.workers={place.workers}", f"texture.workers={place.loaders}", *(LONG if place.length == "long" else ())]
+    if place.limit:
+        overrides += [f"{stage}.{key}" for stage in ("texture", "train") for key in (f"steps={place.limit}", "warmup=0")]
+        overrides.append("data.split=[0.5, 0.25, 0.25]")
     config = load_config(REPO_ROOT / "configs" / "miniature.yaml", overrides)
     for folder in ("pretrained", "trained"):
         shutil.rmtree(root / folder, ignore_errors=True)
@@ -76,5 +93,5 @@ def _world(place: train_loop.Workplace) -> Config:
         if part.name not in ("resnet", "stage2") and (place.weights / part.card).is_file():
             miniature.copy_part(part, place.weights, root / "trained")
     miniature.build(root / "pretrained", seed=place.seed, trained=root / "trained")
-    world.build_world(config, "learn")
+    world.build_world(config, _set(place))
     return config

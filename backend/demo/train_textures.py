@@ -6,6 +6,7 @@ From random weights Stage 1 spends most of its time on learning what a strand is
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import cv2
@@ -22,8 +23,8 @@ from backend.training.models.texture_encoder import new_encoder
 from backend.training.texture_data import to_unit
 
 SIDE = 64
-DRAWINGS = 6000
-SCHEDULE = train_loop.Schedule(steps=600, batch_size=32, lr=1e-3, warmup=50, save_every=100)
+SCHEDULE = train_loop.Schedule(steps=600, batch_size=32, lr=1e-3, photos=6000, warmup=50, save_every=100)
+LONG = train_loop.Schedule(steps=2000, batch_size=64, lr=1e-3, photos=0, warmup=100, save_every=500)  # each step draws its own
 TARGETS = 13
 _OVERSAMPLED = 2
 
@@ -92,16 +93,23 @@ class _Measurer(nn.Module):
 
 def school(place: train_loop.Workplace) -> dict[str, Tensor]:
     """Trains on drawings and returns the ResNet's tensors in torchvision's names."""
-    drawings = [draw(keyed.numpy_generator(place.seed, "strands", number)) for number in range(DRAWINGS)]
-    images, truths = np.stack([one.image for one in drawings]), torch.from_numpy(np.stack([one.truth for one in drawings]))
+    schedule = place.pick(SCHEDULE, LONG)
+    kept = [draw(keyed.numpy_generator(place.seed, "strands", number)) for number in range(schedule.photos)]
     model = _Measurer(place.seed).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for name, parameter in model.named_parameters():  # projection and class heads are not trained here
         parameter.requires_grad_(name.startswith(("encoder.backbone.", "reading.")))
 
-    def loss_of(step: int) -> Tensor:
-        rows = keyed.numpy_generator(place.seed, "strand batch", step).integers(DRAWINGS, size=SCHEDULE.batch_size)
-        found = model(to_unit(torch.from_numpy(images[rows])))
-        return F.smooth_l1_loss(found, truths[torch.from_numpy(rows)], reduction="none").mean(0).sum()
+    def loss_of(_: int, batch: train_loop.Batch) -> Tensor:
+        found = model(to_unit(batch["images"]))
+        return F.smooth_l1_loss(found, batch["truths"], reduction="none").mean(0).sum()
 
-    train_loop.fit("strands", model, loss_of, SCHEDULE, place)
+    train_loop.fit("strands", model, partial(_batch, kept, schedule.batch_size, place.seed), loss_of, schedule, place)
     return dict(model.encoder.backbone.state_dict())
+
+
+def _batch(kept: list[Drawing], size: int, seed: int, step: int) -> train_loop.Batch:
+    """Of the drawings that are kept, or where there are none, of new ones."""
+    rng = keyed.numpy_generator(seed, "strand batch", step)
+    chosen = [kept[int(rng.integers(len(kept)))] if kept else draw(rng) for _ in range(size)]
+    images = torch.from_numpy(np.stack([one.image for one in chosen]))
+    return {"images": images, "truths": torch.from_numpy(np.stack([one.truth for one in chosen]))}

@@ -1,7 +1,7 @@
 """Trains the miniature weights: ``python -m backend.demo.train_weights [--parts detector,parser,...] [--out FOLDER]``.
 
 Everything is rendered and drawn from a fixed seed. A part that has its card in the output folder is finished; an interrupted one
-goes on from its last checkpoint. Two cores need about three hours for all of them.
+goes on from its last checkpoint. ``--length short`` is made for two CPU cores and about three hours, ``long`` for a graphics card.
 """
 
 from __future__ import annotations
@@ -36,11 +36,25 @@ class Trainer:
 
 def main(arguments: list[str] | None = None) -> int:
     """Trains the parts that were asked for and are not finished; returns 0 when all of them are."""
+    import torch
+
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     options.work.mkdir(parents=True, exist_ok=True)
+    torch.set_float32_matmul_precision("high")  # TF32 on a card that has it; no effect on a CPU
     deadline = time.monotonic() + 60 * options.budget_minutes
-    place = Workplace(options.work / "checkpoints", options.work / "photos", options.out, options.seed, deadline, options.workers)
+    place = Workplace(
+        options.work / "checkpoints",
+        options.work / "photos",
+        options.out,
+        options.seed,
+        deadline,
+        options.workers,
+        torch.device(options.device),
+        options.loaders,
+        options.length,
+        options.steps,
+    )
     try:
         for name in options.parts.split(","):
             train_part(name, place)
@@ -66,13 +80,19 @@ def train_part(name: str, place: Workplace) -> None:
     part = miniature.by_name(name)
     if part.large:
         compact.squeeze(place.weights / part.large)
-    held_out = HELD_OUT_PHOTOS if trainer.judge else 0
+    held_out = (HELD_OUT_PHOTOS if place.limit is None else 16) if trainer.judge else 0
     scores = judge(name, place.weights, Photos(place.cache, "held_out", held_out, workers=place.workers)) if held_out else card["scores"]
     logger.info("%s: %s", name, scores)
     about = {"part": name, "name": "miniature", "trained": True, "seed": place.seed, "scores": scores, "renderer": renderer_version()}
-    about["commit"] = commit
+    about |= {"commit": commit, "length": place.length, "device": _device_name(place)}
     heads = {"train_heads": [TRAIN_HEADS.start, TRAIN_HEADS.stop], "held_out_heads": [HELD_OUT_HEADS.start, HELD_OUT_HEADS.stop]}
     artifacts.write_json(card_path, about | heads | card | {"minutes": round((time.monotonic() - began) / 60, 1)})
+
+
+def _device_name(place: Workplace) -> str:
+    import torch
+
+    return torch.cuda.get_device_name(place.device) if place.device.type == "cuda" else "cpu"
 
 
 def judge(name: str, weights: Path, photos: Photos) -> dict[str, Any]:
@@ -91,6 +111,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "deephair_train", help="checkpoints and rendered photos")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2, help="rendering processes")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda for the long training")
+    parser.add_argument("--loaders", type=int, default=0, help="processes that draw batches ahead (0: none, for a machine of few cores)")
+    parser.add_argument("--length", choices=("short", "long"), default="short")
+    parser.add_argument("--steps", type=int, help="train each part this few steps, to try the script; use an --out and --work of its own")
     parser.add_argument("--budget-minutes", type=float, default=1e6, help="stop cleanly after this long; run again to go on")
     return parser
 

@@ -12,7 +12,7 @@ import logging
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -33,6 +33,8 @@ HELD_OUT_HEADS = range(1_900_000, 2_000_000)
 VIEWS_PER_HEAD = 4
 FRAME = 320
 _SHARD = 32
+_COLUMNS = ("image", "parsing", "box", "landmarks")
+_LAST = f"{_COLUMNS[-1]}.npy"  # written last: a shard that has it is whole
 _YAW_REACH = (15.0, 50.0, 100.0, 180.0)
 """Largest yaw of a head's four views: nearly frontal, half side, side, anything."""
 
@@ -66,7 +68,22 @@ class Photo:
 
     def hair(self) -> NDArray[np.uint8]:
         """The hair mask, (S, S) uint8 0/255."""
-        return np.where(self.parsing == portraits.HAIR, np.uint8(255), np.uint8(0))
+        return hair_mask(self.parsing)
+
+    def box_in(self, square: crop.Square, side: int) -> crop.Box | None:
+        """The face box in pixels of a square's crop of ``side`` px; None where there is no face."""
+        return None if self.box is None else square.scaled_box(tuple(map(float, self.box)), side)  # type: ignore[arg-type]
+
+    def with_blurred_face(self) -> Photo:
+        """The same photo with its face hidden as in the released set; itself where there is no face."""
+        if self.box is None:
+            return self
+        return replace(self, image=portraits.blur_face(self.image, face_ring(self.box)))
+
+
+def hair_mask(parsing: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The hair of a class map, uint8 0/255 of its shape."""
+    return np.where(parsing == portraits.HAIR, np.uint8(255), np.uint8(0))
 
 
 def view(split: Split, number: int) -> View:
@@ -90,8 +107,8 @@ class Photos:
     def __init__(self, cache: Path, split: Split, count: int, *, workers: int = 1, frame: int = FRAME) -> None:
         self.count = count
         self._split: Split = split
-        self._files = [cache / f"{split}_{frame}_{renderer_version()}_{first:06d}.npz" for first in range(0, count, _SHARD)]
-        jobs = [(str(file), split, k * _SHARD, frame) for k, file in enumerate(self._files) if not file.is_file()]
+        self._folders = [cache / f"{split}_{frame}_{renderer_version()}_{first:06d}" for first in range(0, count, _SHARD)]
+        jobs = [(str(folder), split, k * _SHARD, frame) for k, folder in enumerate(self._folders) if not (folder / _LAST).is_file()]
         if jobs:
             logger.info("rendering %d photos of %s in %d processes", len(jobs) * _SHARD, split, workers)
             # A fork of a process in which torch already has threads can hang.
@@ -99,7 +116,7 @@ class Photos:
                 for done, _ in enumerate(pool.map(_render_shard, jobs), 1):
                     if done % 8 == 0:
                         logger.info("rendered %d of %d photos", done * _SHARD, len(jobs) * _SHARD)
-        self._shard = functools.lru_cache(maxsize=None)(self._load)
+        self._shards: dict[int, dict[str, NDArray[np.uint8]]] = {}
 
     def __len__(self) -> int:
         return self.count
@@ -116,9 +133,15 @@ class Photos:
             landmarks=shard["landmarks"][k] if faced else None,
         )
 
-    def _load(self, shard: int) -> dict[str, NDArray[np.uint8]]:
-        with np.load(self._files[shard], allow_pickle=False) as stored:
-            return {name: stored[name] for name in stored.files}
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_shards": {}}
+
+    def _shard(self, number: int) -> dict[str, NDArray[np.uint8]]:
+        if number not in self._shards:
+            files = {name: self._folders[number] / f"{name}.npy" for name in _COLUMNS}
+            # Mapped, not read: the processes that draw batches share one copy.
+            self._shards[number] = {name: np.asarray(np.load(file, mmap_mode="r", allow_pickle=False)) for name, file in files.items()}
+        return self._shards[number]
 
 
 _cached_view = functools.lru_cache(maxsize=None)(view)
@@ -140,7 +163,7 @@ def _one_thread() -> None:
 
 
 def _render_shard(job: tuple[str, Split, int, int]) -> None:
-    file, split, first, frame = job
+    folder, split, first, frame = job
     rows: dict[str, list[NDArray[np.generic]]] = {"image": [], "parsing": [], "box": [], "landmarks": []}
     for number in range(first, first + _SHARD):
         what = view(split, number)
@@ -149,8 +172,9 @@ def _render_shard(job: tuple[str, Split, int, int]) -> None:
         rows["parsing"].append(drawn.parsing)
         rows["box"].append(np.full(4, np.nan, np.float32) if drawn.face_box is None else np.array(drawn.face_box, np.float32))
         rows["landmarks"].append(np.full((5, 2), np.nan, np.float32) if drawn.landmarks is None else drawn.landmarks.astype(np.float32))
-    with artifacts.replacing(Path(file)) as temporary, temporary.open("wb") as handle:
-        np.savez(handle, **{name: np.stack(values) for name, values in rows.items()})
+    for name in _COLUMNS:
+        with artifacts.replacing(Path(folder) / f"{name}.npy") as temporary, temporary.open("wb") as handle:
+            np.save(handle, np.stack(rows[name]))
 
 
 # ---- cuts and changes ----------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Any
 
 from backend import artifacts, console
 from backend.config import Config
-from backend.demo.khairstyle_set import BENCH, DEMO, LEARN, write_khairstyle
+from backend.demo.khairstyle_set import BENCH, DEMO, LEARN, LEARN_LONG, write_khairstyle
 from backend.demo.miniature import build
 from backend.errors import UsageError
 
@@ -21,7 +21,7 @@ def build_world(config: Config, size: str = "demo") -> dict[str, Any]:
 
     Does nothing where they are already there. Raises UsageError when those folders hold anything else.
     """
-    preset = {"demo": DEMO, "bench": BENCH, "learn": LEARN}[size]
+    preset = {"demo": DEMO, "bench": BENCH, "learn": LEARN, "learn-long": LEARN_LONG}[size]
     wanted = {"set": size, **preset}
     images, labels = config.data.images, config.data.labels
     mark = images / MARK

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from backend.imaging import crop, masks
 from backend.imaging.decode import read_png
 from backend.training.keyed import numpy_generator
 from backend.training.models.texture_encoder import TextureEncoder
-from backend.training.prepared import Prepared
+from backend.training.prefetch import ahead
+from backend.training.prepared import Prepared, Sample
 from backend.tryon import conditioning
 
 logger = logging.getLogger(__name__)
@@ -35,6 +37,7 @@ POOL = 128  # silhouettes that a split's edit regions borrow from
 POOL_SIDE = 128  # their side, px
 REGIONS = 4  # raise when edit regions are made otherwise: cached latents of the older kind are then not used
 BATCH = 8  # pictures per pass of the VAE
+RESIDENT = 2 << 30  # bytes of latents that are kept in memory; beyond it they are read from mapped files
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,10 @@ class LatentCache:
         from safetensors import safe_open
 
         self.ids = ids
-        self._shards = [safe_open(_shard(folder, n), framework="pt") for n in range(-(-len(ids) // SHARD))]
+        paths = [_shard(folder, n) for n in range(-(-len(ids) // SHARD))]
+        self._shards = [safe_open(path, framework="pt") for path in paths]
+        self._resident = sum(path.stat().st_size for path in paths) <= RESIDENT
+        self._columns: dict[str, torch.Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -80,9 +86,21 @@ class LatentCache:
     def get(self, name: str, index: int) -> torch.Tensor:
         """One sample's tensor: photo_mean, photo_std (4, h, w); bald (V, 4, h, w); mask (V, 1, h, w); excluded (1, h, w);
         style (S, 2048); identity (512,); identity_valid (1,)."""
-        piece = self._shards[index // SHARD].get_slice(name)[index % SHARD]
-        value: torch.Tensor = piece
+        if self._resident:
+            return self._column(name)[index]
+        value: torch.Tensor = self._shards[index // SHARD].get_slice(name)[index % SHARD]
         return value
+
+    def take(self, name: str, indices: NDArray[np.int64]) -> torch.Tensor:
+        """The tensors of several samples, stacked: (len(indices), ...)."""
+        if self._resident:
+            return self._column(name)[torch.from_numpy(indices)]
+        return torch.stack([self.get(name, int(index)) for index in indices])
+
+    def _column(self, name: str) -> torch.Tensor:
+        if name not in self._columns:
+            self._columns[name] = torch.cat([shard.get_tensor(name) for shard in self._shards])
+        return self._columns[name]
 
 
 def _shard(folder: Path, number: int) -> Path:
@@ -118,21 +136,29 @@ def silhouettes(prepared: Prepared, rows: list[dict[str, Any]]) -> list[masks.Si
     return pool
 
 
+@dataclass(frozen=True)
+class _Photo:
+    """What the networks see of one photo: the sample, its heads with a region each, and its style picture (224, 224, 3) uint8."""
+
+    sample: Sample
+    heads: list[conditioning.HeadInput]
+    style: NDArray[np.uint8]
+
+
 def _encode(
     config: Config, prepared: Prepared, rows: list[dict[str, Any]], vae: Any, encoder: TextureEncoder, pool: list[masks.Silhouette],
     progress: console.Progress,
 ) -> dict[str, torch.Tensor]:  # fmt: skip
     columns: dict[str, list[torch.Tensor]] = {}
-    for row in rows:
-        for name, value in _encode_photo(config, prepared, row, vae, encoder, pool).items():
+    threads = config.data.workers or min(len(os.sched_getaffinity(0)), 8)
+    for photo in ahead(lambda row: _draw(config, prepared, row, pool), rows, workers=threads):
+        for name, value in _encode_photo(config, photo, vae, encoder).items():
             columns.setdefault(name, []).append(value)
         progress.update()
     return {name: torch.stack(values) for name, values in columns.items()}
 
 
-def _encode_photo(
-    config: Config, prepared: Prepared, row: dict[str, Any], vae: Any, encoder: TextureEncoder, pool: list[masks.Silhouette]
-) -> dict[str, torch.Tensor]:
+def _draw(config: Config, prepared: Prepared, row: dict[str, Any], pool: list[masks.Silhouette]) -> _Photo:
     sample = prepared.sample(row)
     heads = [
         conditioning.head_input(
@@ -145,11 +171,16 @@ def _encode_photo(
         )
         for rng in (numpy_generator(config.train.seed, "region/" + row["id"], variant) for variant in range(config.train.mask_variants))
     ]
+    return _Photo(sample, heads, read_png(prepared.folder / row["files"]["style"]))
+
+
+def _encode_photo(config: Config, photo: _Photo, vae: Any, encoder: TextureEncoder) -> dict[str, torch.Tensor]:
+    sample, heads = photo.sample, photo.heads
     pictures = conditioning.to_tensor([sample.photo, *(head.bald for head in heads)])
     encoded = [conditioning.encode_latents(vae, pictures[start : start + BATCH]) for start in range(0, len(pictures), BATCH)]
     means, stds = torch.cat([mean for mean, _ in encoded]).cpu(), torch.cat([std for _, std in encoded]).cpu()
     side = means.shape[-1]
-    style = conditioning.style_features(encoder, [read_png(prepared.folder / row["files"]["style"])], config.train.style_tokens)[0]
+    style = conditioning.style_features(encoder, [photo.style], config.train.style_tokens)[0].cpu()
     identity, valid = conditioning.identity_tensor([sample.identity])
     return {
         "photo_mean": means[0],

@@ -70,9 +70,8 @@ class Stage2Run:
 
     def __init__(self, config: Config, digest: str) -> None:
         self.config, self.digest = config, digest
-        self.device, self.dtype = device_and_dtype(config)
-        if config.train.preset == "full-12gb":
-            self.dtype = torch.bfloat16
+        self.device, _ = device_and_dtype(config)
+        self.dtype = torch.bfloat16 if config.train.preset == "full-12gb" else torch.float32
         base = conditioning.inpainting_folder(config.paths.weights)
         prepared = Prepared(config.paths.processed)
         key = CacheKey.of(config, prepared, texture_encoder_path(config))
@@ -232,44 +231,39 @@ class Stage2Run:
         train, data = self.config.train, self.splits[split]
         rng = numpy_generator(train.seed, f"draws/{split}", step)
         generator = torch_generator(train.seed, f"noise/{split}", step)
-        columns: dict[str, list[torch.Tensor]] = {}
-        texts, pooled, style_valid = [], [], []
-        for index in (int(i) for i in indices):
-            variant = int(rng.integers(train.mask_variants))
+        texts, pooled, references = [], [], []
+        variants = rng.integers(train.mask_variants, size=len(indices))
+        dropped = (
+            rng.random((4, len(indices))) < np.array([[train.drop.text], [train.drop.style], [train.drop.identity], [train.drop.all]])
+        ) & (timestep is None)
+        drop_text, drop_style, drop_identity, drop_all = dropped
+        for row, index in enumerate(int(i) for i in indices):
             others = data.references[index] if train.reference == "other" else []
-            reference = int(others[int(rng.integers(len(others)))]) if others else index
-            drops = (rng.random(4) < (train.drop.text, train.drop.style, train.drop.identity, train.drop.all)) & (timestep is None)
-            drop_text, drop_style, drop_identity, drop_all = (bool(d) for d in drops)
-            get = data.latents.get
+            references.append(int(others[int(rng.integers(len(others)))]) if others else index)
             # Serving with a reference says the neutral prompt, guidance the empty one: training meets both.
             unsaid = NEUTRAL_PROMPT if rng.random() < 0.5 else ""
-            text, text_pooled = self.prompts.get("" if drop_all else unsaid if drop_text else data.prompts[index])
+            text, text_pooled = self.prompts.get("" if drop_all[row] else unsaid if drop_text[row] else data.prompts[index])
             texts.append(text)
             pooled.append(text_pooled)
-            style_valid.append(not (drop_style or drop_all))
-            valid = bool(get("identity_valid", index)) and not (drop_identity or drop_all)
-            values = {
-                "mean": get("photo_mean", index), "std": get("photo_std", index), "bald": get("bald", index)[variant],
-                "mask": get("mask", index)[variant], "excluded": get("excluded", index), "style": get("style", reference),
-                "identity": get("identity", index), "identity_valid": torch.tensor(valid),
-            }  # fmt: skip
-            for name, value in values.items():
-                columns.setdefault(name, []).append(value)
-        stacked = {name: torch.stack(values) for name, values in columns.items()}
-        mean = stacked["mean"].float()
-        photo = mean + stacked["std"].float() * torch.randn(mean.shape, generator=generator)
+        own = np.asarray(indices, np.int64)
+        every, chosen = torch.arange(len(own)), torch.from_numpy(variants)
+        mean = data.latents.take("photo_mean", own).float()
+        photo = mean + data.latents.take("photo_std", own).float() * torch.randn(mean.shape, generator=generator)
         noise = torch.randn(mean.shape, generator=generator)
         if train.noise_offset:
             noise = noise + train.noise_offset * torch.randn(mean.shape[0], mean.shape[1], 1, 1, generator=generator)
         drawn = torch.randint(0, self.noising.steps, (len(indices),), generator=generator)
         timesteps = drawn if timestep is None else torch.full_like(drawn, timestep)
         conditions = Conditions(
-            torch.stack(texts), torch.stack(pooled), stacked["style"].float(), torch.tensor(style_valid),
-            stacked["identity"].float(), stacked["identity_valid"].bool(),
+            torch.stack(texts), torch.stack(pooled),
+            data.latents.take("style", np.array(references, np.int64)).float(), torch.from_numpy(~(drop_style | drop_all)),
+            data.latents.take("identity", own).float(),
+            data.latents.take("identity_valid", own).view(-1).bool() & torch.from_numpy(~(drop_identity | drop_all)),
         )  # fmt: skip
         here = self.device
         return Batch(
-            photo.to(here), stacked["mask"].float().to(here), stacked["bald"].float().to(here), stacked["excluded"].float().to(here),
+            photo.to(here), data.latents.take("mask", own)[every, chosen].float().to(here),
+            data.latents.take("bald", own)[every, chosen].float().to(here), data.latents.take("excluded", own).float().to(here),
             conditions, noise.to(here), timesteps.to(here), [data.latents.ids[int(i)] for i in indices],
         )  # fmt: skip
 

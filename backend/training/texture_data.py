@@ -5,10 +5,11 @@ Everything a step draws is keyed by (seed, step), so a resumed run sees exactly 
 
 from __future__ import annotations
 
+import functools
+import itertools
 import logging
-from collections import deque
 from collections.abc import Generator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from backend.errors import InvalidArtifactError, MissingInputError
 from backend.imaging.decode import read_png
 from backend.training import keyed
 from backend.training.models.supcon import UNKNOWN
+from backend.training.prefetch import ahead
 
 logger = logging.getLogger(__name__)
 
@@ -184,9 +186,10 @@ class PatchImages:
         self._windows = table.window
         self._kept: Pictures | None = None
         if len(table) * side * side * 3 <= budget:
+            files = [list(numbers) for _, numbers in itertools.groupby(range(len(table)), key=self.paths.__getitem__)]
             with ThreadPoolExecutor(max(workers, 1)) as pool:
-                numbers = range(len(table))
-                self._kept = np.stack([*pool.map(self._read, numbers)]) if len(table) else np.zeros((0, side, side, 3), np.uint8)
+                pieces = [np.zeros((0, side, side, 3), np.uint8), *pool.map(self._read, files)]
+            self._kept = np.concatenate(pieces)
 
     @property
     def in_memory(self) -> bool:
@@ -197,16 +200,17 @@ class PatchImages:
         """Patches by number, (len(numbers), side, side, 3) uint8 RGB. Raises ImageError naming a file that cannot be read."""
         if self._kept is not None:
             return self._kept[numbers]
-        return np.stack([self._read(int(number)) for number in numbers])
+        return np.concatenate([self._read([int(number)]) for number in numbers])
 
-    def _read(self, number: int) -> Pictures:
-        path, window = self.paths[number], int(self._windows[number])
+    def _read(self, numbers: list[int]) -> Pictures:
+        """Patches of one file, (len(numbers), side, side, 3) uint8."""
+        path = self.paths[numbers[0]]
         image = read_png(path)
         if image.ndim != 3 or image.shape[2] != 3:
             raise InvalidArtifactError(f"{path} is not an RGB picture: its shape is {image.shape}", hint="run 'deephair prepare' again")
-        if window < 0:
-            return fit_patch(image, self.side)
-        return np.asarray(hair_windows(image, self.side, coarse=window >= WINDOWS)[window % WINDOWS])
+        windows = functools.cache(lambda coarse: hair_windows(image, self.side, coarse=coarse))
+        asked = [int(self._windows[number]) for number in numbers]
+        return np.stack([windows(w >= WINDOWS)[w % WINDOWS] if w >= 0 else fit_patch(image, self.side) for w in asked])
 
 
 def hair_windows(style: Pictures, side: int, *, coarse: bool = False) -> Pictures:
@@ -240,27 +244,14 @@ class Batch:
     images: Tensor
 
 
-def feed(images: PatchImages, sampler: BalancedSampler, steps: range, rows: slice, *, workers: int) -> Generator[Batch]:
+def feed(images: PatchImages, sampler: BalancedSampler, steps: range, rows: slice, *, workers: int) -> Generator[Batch, None, None]:
     """Batches of the given steps in order; decoding runs ahead in ``workers`` threads unless the pixels are in memory already."""
 
     def load(step: int) -> Batch:
         patches = sampler.patches(step)
         return Batch(step, patches, torch.from_numpy(images.get(patches[rows])))
 
-    if images.in_memory or workers == 0:
-        yield from map(load, steps)
-        return
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="patches")
-    try:
-        coming = iter(steps)
-        pending: deque[Future[Batch]] = deque(pool.submit(load, step) for _, step in zip(range(2 * workers), coming, strict=False))
-        while pending:
-            batch = pending.popleft().result()
-            if (following := next(coming, None)) is not None:
-                pending.append(pool.submit(load, following))
-            yield batch
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    return ahead(load, steps, workers=0 if images.in_memory else workers)
 
 
 def draw_views(count: int, seed: int, step: int) -> Tensor:

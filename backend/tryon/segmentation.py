@@ -22,7 +22,9 @@ class HairParser:
         pretrained.require(weights, "face_parser")
         folder = pretrained.folder(weights, "face_parser")
         try:
-            self._model = SegformerForSemanticSegmentation.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+            self._model = SegformerForSemanticSegmentation.from_pretrained(
+                folder, dtype=torch.float32, local_files_only=True, use_safetensors=True
+            )
             self._processor = SegformerImageProcessor.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, RuntimeError) as error:
             raise InvalidArtifactError(f"the face parser in {folder} cannot be loaded: {error}") from error

@@ -70,8 +70,12 @@ class PerceptualNet(nn.Module):
 
     def lpips(self, image: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         """LPIPS of pictures in [-1, 1], (B, 3, H, W) each -> (B,)."""
-        distance = torch.zeros(image.shape[0], device=image.device)
-        for a, b, head in zip(self.features(image), self.features(other), self.heads, strict=True):
+        return self.distance(self.features(image), self.features(other))
+
+    def distance(self, maps: list[torch.Tensor], others: list[torch.Tensor]) -> torch.Tensor:
+        """LPIPS of pictures whose five feature maps these are -> (B,)."""
+        distance = torch.zeros(maps[0].shape[0], device=maps[0].device)
+        for a, b, head in zip(maps, others, self.heads, strict=True):
             difference = (_unit(a) - _unit(b)).square()
             distance = distance + (difference * head).sum(dim=1).mean(dim=(1, 2))
         return distance
