@@ -16,13 +16,15 @@ if TYPE_CHECKING:
 
 IMAGE_SIDE = 128
 LATENT_SIDE = IMAGE_SIDE // 8
-PARSER_SIDE = 256
+PARSER_SIDE = 192
 TEXT_WIDTH = 64
 CONTEXT_WIDTH = 2 * TEXT_WIDTH
 TIME_IDS_WIDTH = 32
 MAX_TOKENS = 77
 STYLE_TOKENS = 16
 UNET_WIDTHS = (64, 64, 96)
+VAE_WIDTHS = (16, 32, 64, 96)
+VAE_WIDTHS_LONG = (32, 64, 96, 128)  # for a training on a card
 _GROUPS = 16
 FACE_PARTS = (
     "background", "skin", "nose", "eye_g", "l_eye", "r_eye", "l_brow", "r_brow", "l_ear", "r_ear", "mouth", "u_lip", "l_lip", "hair",
@@ -82,14 +84,14 @@ def controlnet(base: UNet2DConditionModel | None = None) -> ControlNetModel:
     return model
 
 
-def vae() -> AutoencoderKL:
+def vae(widths: tuple[int, ...] = VAE_WIDTHS) -> AutoencoderKL:
     """An AutoencoderKL with 4 latent channels and factor 8; ``scaling_factor`` 1 until training has measured the latents."""
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(32, 64, 96, 128),
+        block_out_channels=widths,
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=8,
@@ -133,7 +135,7 @@ def text_encoders(vocabulary: int) -> tuple[CLIPTextModel, CLIPTextModelWithProj
 
 
 def parser() -> SegformerForSemanticSegmentation:
-    """A SegFormer (arXiv 2105.15203) over CelebAMask-HQ's 19 classes: (B, 3, 256, 256) to logits (B, 19, 64, 64)."""
+    """A SegFormer (arXiv 2105.15203) over CelebAMask-HQ's 19 classes: (B, 3, 192, 192) to logits (B, 19, 48, 48)."""
     from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
     return SegformerForSemanticSegmentation(

@@ -24,7 +24,7 @@ from backend.demo.traits import HAIR_COLOURS
 
 DEMO: dict[str, int] = {"heads": 36, "views": 6, "size": 512, "seed": 20}
 BENCH: dict[str, int] = {"heads": 300, "views": 12, "size": 512, "seed": 21}
-LEARN: dict[str, int] = {"heads": 240, "views": 5, "size": 512, "seed": 22}
+LEARN: dict[str, int] = {"heads": 480, "views": 4, "size": 512, "seed": 22}
 LEARN_LONG: dict[str, int] = {"heads": 720, "views": 6, "size": 512, "seed": 23}
 """What start weights of Stage 1 and Stage 2 are trained on: two CPU cores, and the shipped ones, which a graphics card trained."""
 

@@ -116,7 +116,7 @@ def write_identity(folder: Path, net: nn.Module) -> None:
 
 
 def write_parser(folder: Path, model: Any) -> None:
-    """A SegFormer in half precision with its image processor: 256x256, ImageNet's mean and standard deviation."""
+    """A SegFormer in half precision with its image processor: 192x192, ImageNet's mean and standard deviation."""
     from transformers import SegformerImageProcessor
 
     from backend.demo.architectures import PARSER_SIDE

@@ -19,7 +19,7 @@ from backend.demo.training_data import VIEWS_PER_HEAD, Photo, Photos, relight
 from backend.training import keyed
 
 SCHEDULE = train_loop.Schedule(
-    steps=1000, batch_size=64, lr=1.5e-3, photos=1536, warmup=100, weight_decay=5e-2, average=0.995, save_every=100
+    steps=2400, batch_size=64, lr=1.5e-3, photos=3072, warmup=100, weight_decay=5e-2, average=0.995, save_every=100
 )
 LONG = train_loop.Schedule(steps=3000, batch_size=128, lr=2e-3, photos=6144, warmup=200, weight_decay=5e-2, average=0.998, save_every=500)
 MAX_YAW = 60.0

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-PARSER = train_loop.Schedule(steps=1100, batch_size=12, lr=1.5e-3, photos=1536, warmup=50, average=0.99, save_every=100)
+PARSER = train_loop.Schedule(steps=3600, batch_size=12, lr=1.5e-3, photos=1536, warmup=50, average=0.99, save_every=100)
 PARSER_LONG = train_loop.Schedule(steps=4000, batch_size=32, lr=1.5e-3, photos=6144, warmup=200, average=0.998, save_every=500)
 PERCEPTUAL = train_loop.Schedule(steps=600, batch_size=32, lr=2e-3, photos=640, warmup=50, average=0.98, save_every=100)
 PERCEPTUAL_LONG = train_loop.Schedule(steps=2000, batch_size=96, lr=2e-3, photos=6144, warmup=100, average=0.995, save_every=500)
@@ -185,7 +185,8 @@ def train_vae(place: train_loop.Workplace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as temporary:
         miniature.copy_part(miniature.by_name("perceptual"), place.weights, Path(temporary))
         network = load_perceptual(Path(temporary))[0].to(place.device)
-    model = architectures.vae().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    widths = architectures.VAE_WIDTHS if place.length == "short" else architectures.VAE_WIDTHS_LONG
+    model = architectures.vae(widths).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def loss_of(_: int, batch: train_loop.Batch) -> Tensor:
         images = batch["images"].contiguous(memory_format=torch.channels_last)
