@@ -95,6 +95,7 @@ class TextureConfig(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 1e-2
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
     supcon_weight: Annotated[float, Field(ge=0)] = 0.5
+    colour_weight: Annotated[float, Field(ge=0)] = 1.0  # of the loss that keeps colour in the features; it is no label
     temperature: Annotated[float, Field(gt=0)] = 0.1
     save_every: Positive = 500  # steps between checkpoints, and between looks at the validation split
     keep: Positive = 3

@@ -213,7 +213,8 @@ def probe(features: Callable[[str, NDArray[np.int64]], NDArray[Any]], tables: di
 def shuffled(config: Config, folder: Path) -> Config:
     """The same set with the training heads' labels dealt out anew among them; val and test keep theirs."""
     (folder / "processed").mkdir()
-    (folder / "processed" / "hair_patches").symlink_to(config.paths.processed / "hair_patches")
+    for pictures in ("hair_patches", "style_vectors"):
+        (folder / "processed" / pictures).symlink_to(config.paths.processed / pictures)
     rows = artifacts.read_jsonl(config.paths.processed / "metadata.jsonl")
     labels = {row["group"]: (row["curl"], row["volume"]) for row in rows if row["split"] == "train"}
     dealt = dict(zip(labels, [list(labels.values())[i] for i in keyed.numpy_generator(0, "shuffle").permutation(len(labels))], strict=True))

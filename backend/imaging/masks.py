@@ -48,7 +48,7 @@ def shrink(mask: NDArray[np.uint8], radius: float) -> NDArray[np.uint8]:
 
 @dataclass(frozen=True)
 class RegionShape:
-    """Measures of the edit region in units of the face box; the defaults are those of serving and the centre of training's."""
+    """Measures of the edit region in units of the face box; the defaults are those of serving, inside the ranges of training."""
 
     head_width: float = 1.05  # half width of the head's part, in face widths
     head_top: float = 0.85  # height above the face box's upper edge, in face heights

@@ -183,22 +183,37 @@ def colour_probe(
 ) -> dict[str, float]:
     """Does the embedding know the hair's colour? Mean CIEDE2000 of a linear probe on unseen heads, beside predicting the mean colour.
 
-    Pooled: the patch's mean colour from its embedding. Tokens: the mean colour of each sixteenth from its token, on a sample of tokens.
+    Pooled: the patch's mean colour from its embedding. Tokens: the mean colour of a token's cell from the token, on a sample of tokens; a
+    cell is a sixteenth of the patch, or more where the last feature map has fewer cells (a quarter at 64 px).
     """
     groups = fit_table.group[fit.numbers]
     fit_pixels, new_pixels = fit_images.get(fit.numbers), new_images.get(new.numbers)
     side = int(np.sqrt(TOKENS))
+    cells = min(side, -(-fit_pixels.shape[1] // 32))  # of the feature map, along one side
     result: dict[str, float] = {}
     choice = keyed.numpy_generator(seed, "texture tokens").integers(TOKENS, size=(2, max(len(fit.numbers), len(new.numbers))))
     own, other = (np.arange(len(fit.numbers)), choice[0, : len(fit.numbers)]), (np.arange(len(new.numbers)), choice[1, : len(new.numbers)])
     for name, x, y, x_new, y_new in (
         ("pooled", fit.pooled, mean_lab(fit_pixels)[:, 0], new.pooled, mean_lab(new_pixels)[:, 0]),
-        ("tokens", fit.tokens[own], mean_lab(fit_pixels, side)[own], new.tokens[other], mean_lab(new_pixels, side)[other]),
+        (
+            "tokens",
+            fit.tokens[own],
+            _cell_colours(fit_pixels, cells, side)[own],
+            new.tokens[other],
+            _cell_colours(new_pixels, cells, side)[other],
+        ),
     ):
         found = ridge_predict(x, y, groups, x_new, seed=seed)
         result[f"{name}_delta_e"] = _mean_difference(y_new, found)
         result[f"{name}_delta_e_of_mean"] = _mean_difference(y_new, np.broadcast_to(y.mean(axis=0), y_new.shape))
     return result
+
+
+def _cell_colours(images: Pictures, cells: int, side: int) -> Floats:
+    """The colour of the cell that each of side x side tokens comes from, (N, side * side, 3)."""
+    colours = mean_lab(images, cells).reshape(len(images), cells, cells, 3)
+    nearest = np.arange(side) * cells // side
+    return colours[:, nearest][:, :, nearest].reshape(len(images), side * side, 3)
 
 
 def _mean_difference(one: Floats, other: Floats) -> float:

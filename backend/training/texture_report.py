@@ -19,7 +19,7 @@ from backend.training.texture_data import Ints, PatchImages, PatchTable
 from backend.training.texture_metrics import Evidence, Floats
 
 _NAMES = {"curl": CURL_CLASSES, "volume": VOLUME_CLASSES}
-_COLOURS = ((31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40))  # RGB, one for each class
+_COLOURS = ((31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189))  # RGB, of classes and of lines
 _UNKNOWN_COLOUR = (170, 170, 170)
 _MAP_SIDE, _MAP_POINTS = 420, 300
 
@@ -93,7 +93,7 @@ def _curve(history: list[list[float]]) -> str:
     x = width * (values[:, 0] - values[0, 0]) / max(values[-1, 0] - values[0, 0], 1)
     top = max(float(values[:, 1:].max()), 1e-9)
     lines = []
-    for column, (name, colour) in enumerate(zip(("loss", "curl", "volume", "contrast"), _COLOURS, strict=True), 1):
+    for column, (name, colour) in enumerate(zip(("loss", "curl", "volume", "contrast", "colour"), _COLOURS, strict=True), 1):
         points = " ".join(f"{a:.1f},{height * (1 - b / top):.1f}" for a, b in zip(x, values[:, column], strict=True))
         paint = f"rgb{colour}"
         lines.append(f'<polyline fill="none" stroke="{paint}" stroke-width="1.5" points="{points}"/>')

@@ -1,4 +1,4 @@
-"""One step of Stage 1 on one process or several: views, network, the three losses, update (DESIGN 4.2)."""
+"""One step of Stage 1 on one process or several: views, network, the four losses, update (DESIGN 4.2)."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr * keyed.warmup_cosine(batch.step, warmup=config.warmup, total=config.steps)
         losses = self.losses(batch, labels.to(device))
-        total = losses["curl"] + losses["volume"] + config.supcon_weight * losses["supcon"]
+        total = losses["curl"] + losses["volume"] + config.supcon_weight * losses["supcon"] + config.colour_weight * losses["colour"]
         self.optimizer.zero_grad(set_to_none=True)
         # Each process differentiates its own rows of the common loss, and DDP takes the mean over processes: hence the factor.
         (total * self.world.size).backward()  # type: ignore[no-untyped-call]
@@ -102,7 +102,7 @@ class Trainer:
         return values
 
     def losses(self, batch: Batch, labels: Labels) -> dict[str, Tensor]:
-        """The three terms over the whole batch, float32 scalars."""
+        """The four terms over the whole batch, float32 scalars."""
         config, world = self.config, self.world
         size, device = len(batch.patches), world.device
         rows = world.rows(size)
@@ -117,12 +117,20 @@ class Trainer:
             "curl": masked_cross_entropy(curl, seen.curl),
             "volume": masked_cross_entropy(volume, seen.volume),
             "supcon": supcon_loss(projection, seen.joint, seen.group, temperature=config.temperature),
+            "colour": world.all_rows(colour_error(output.colour, images)).mean(),
         }
 
     def _order(self, size: int) -> Tensor:
         """Which row of the batch each gathered output belongs to: every process sends first views, then second views."""
         parts = torch.arange(size).chunk(self.world.size)
         return torch.cat([torch.cat([part, part]) for part in parts])
+
+
+def colour_error(found: Tensor, images: Tensor) -> Tensor:
+    """Mean squared error (B,) of the colour read in each cell, over the variance of a uniform colour (1/12). found (B, 3, h, w), images
+    (B, 3, H, W) in [0, 1]."""
+    wanted = nn.functional.adaptive_avg_pool2d(images, (found.shape[2], found.shape[3]))
+    return 12.0 * (found.float() - wanted).square().mean(dim=(1, 2, 3))
 
 
 def labels_of(table: PatchTable, patches: Ints) -> Labels:

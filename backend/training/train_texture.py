@@ -28,7 +28,7 @@ PREFIX = "stage1"
 RESULT, BEST, METRICS, REPORT = "texture_encoder.safetensors", "stage1_best.safetensors", "stage1_metrics.json", "stage1_report.html"
 VALIDATION_PATCHES = 4096  # looked at on the way; the end looks at more
 LOG_EVERY = 10
-RECIPE = 3  # raise when Stage 1 learns from other pictures or in another way: older results are then not taken for its own
+RECIPE = 4  # raise when Stage 1 learns from other pictures or in another way: older results are then not taken for its own
 
 OnProgress = Callable[[int, int, dict[str, float]], None]
 
@@ -78,7 +78,7 @@ class Progress:
 
     step: int = 0
     seconds: float = 0.0
-    history: list[list[float]] = field(default_factory=list)  # step, loss, curl, volume, supcon
+    history: list[list[float]] = field(default_factory=list)  # step, loss, curl, volume, supcon, colour
     validations: list[list[float]] = field(default_factory=list)  # step, mean balanced accuracy
 
 
@@ -139,7 +139,7 @@ class Run:
                 losses = self._guarded_step(batch, table)
                 self.progress.step = step = batch.step + 1
                 if step % LOG_EVERY == 0 or step in (1, total):
-                    self.progress.history.append([step, *(losses[name] for name in ("loss", "curl", "volume", "supcon"))])
+                    self.progress.history.append([step, *(losses[name] for name in ("loss", "curl", "volume", "supcon", "colour"))])
                     board(step, losses)
                     if self.on_progress is not None:
                         self.on_progress(step, total, losses)

@@ -36,19 +36,22 @@ _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class TextureOutput(NamedTuple):
-    """embedding (B, 2048); projection (B, 128), unit length; curl_logits (B, 4); volume_logits (B, 3)."""
+    """embedding (B, 2048); projection (B, 128), unit length; curl_logits (B, 4); volume_logits (B, 3); colour (B, 3, h, w), RGB in [0, 1]
+    of each cell of the last feature map."""
 
     embedding: Tensor
     projection: Tensor
     curl_logits: Tensor
     volume_logits: Tensor
+    colour: Tensor
 
 
 class TextureEncoder(nn.Module):
-    """ResNet -> 2048 -> projection of two layers (arXiv 2004.11362 section 3.1) and heads for curl and volume.
+    """ResNet -> 2048 -> projection of two layers (arXiv 2004.11362 section 3.1), heads for curl and volume, and one that reads colour.
 
     Images are (B, 3, H, W) RGB in [0, 1] on the encoder's device, of any size from 32 px; ImageNet's normalisation happens inside.
-    It is an affine map of each channel, so colour reaches the embedding, which is all that Stage 2 learns of the reference's hair.
+    It is an affine map of each channel, so colour reaches the features, which are all that Stage 2 learns of the reference's hair; since
+    colour is no label, a linear head that must read it from every cell keeps it there.
     """
 
     mean: Tensor
@@ -63,6 +66,7 @@ class TextureEncoder(nn.Module):
         self.projection = nn.Sequential(nn.Linear(EMBEDDING, EMBEDDING), nn.ReLU(), nn.Linear(EMBEDDING, PROJECTION))
         self.curl_head = nn.Linear(EMBEDDING, len(CURL_CLASSES))
         self.volume_head = nn.Linear(EMBEDDING, len(VOLUME_CLASSES))
+        self.colour_head = nn.Conv2d(EMBEDDING, 3, 1)
         self.register_buffer("mean", torch.tensor(_IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(_IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
 
@@ -97,13 +101,16 @@ class TextureEncoder(nn.Module):
 
         The caller draws it, so that a run can be repeated exactly; without it, or in eval mode, nothing is dropped.
         """
-        embedding = self.encode(images)
+        features = self.features(images)
+        embedding = pooled(features)
         seen_by_curl = seen_by_volume = embedding
         if self.training and dropout_uniform is not None and self.dropout > 0:
             kept = (dropout_uniform >= self.dropout).to(embedding.dtype) / (1 - self.dropout)
             seen_by_curl, seen_by_volume = embedding * kept[:, 0], embedding * kept[:, 1]
         projection = functional.normalize(self.projection(embedding).float(), dim=1)
-        return TextureOutput(embedding, projection, self.curl_head(seen_by_curl), self.volume_head(seen_by_volume))
+        return TextureOutput(
+            embedding, projection, self.curl_head(seen_by_curl), self.volume_head(seen_by_volume), self.colour_head(features)
+        )
 
     def load_backbone(self, path: Path) -> None:
         """Starts the ResNet from a file in torchvision's layout (``fc.*`` is ignored). Raises InvalidArtifactError when it does not fit."""
