@@ -119,6 +119,11 @@ def is_blurred(image: NDArray[np.uint8], face: NDArray[np.uint8], hair: NDArray[
     Compares the fine detail (median absolute Laplacian of brightness) inside the face mask with that of the whole picture's median
     edge pixel; a smooth gradient has next to none. image (H, W, 3) uint8 RGB; masks (H, W) 0/255; hair is left out of the face.
     """
+    x, y, width, height = cv2.boundingRect(face)
+    window = np.s_[max(0, y - BORDER) : y + height + BORDER, max(0, x - BORDER) : x + width + BORDER]  # the same pixels, a tenth of the cost
+    image, face, hair = image[window], face[window], hair[window]
+    if not face.any():
+        return True
     inside = cv2.erode(np.where(hair > 0, 0, face).astype(np.uint8), np.ones((3, 3), np.uint8), iterations=2) > 0
     if inside.sum() < 64:
         return True
@@ -126,4 +131,5 @@ def is_blurred(image: NDArray[np.uint8], face: NDArray[np.uint8], hair: NDArray[
     return float(np.percentile(detail[inside], 98)) < BLURRED_BELOW
 
 
+BORDER = 4  # px kept around the face for the erosion and the Laplacian to see what they saw in the whole picture
 BLURRED_BELOW = 24.0  # 98th percentile of |Laplacian| (grey levels): eyes, brows and lips lie far above, a gradient with JPEG noise below
