@@ -120,7 +120,9 @@ def is_blurred(image: NDArray[np.uint8], face: NDArray[np.uint8], hair: NDArray[
     edge pixel; a smooth gradient has next to none. image (H, W, 3) uint8 RGB; masks (H, W) 0/255; hair is left out of the face.
     """
     x, y, width, height = cv2.boundingRect(face)
-    window = np.s_[max(0, y - BORDER) : y + height + BORDER, max(0, x - BORDER) : x + width + BORDER]  # the same pixels, a tenth of the cost
+    window = np.s_[
+        max(0, y - BORDER) : y + height + BORDER, max(0, x - BORDER) : x + width + BORDER
+    ]  # the same pixels, a tenth of the cost
     image, face, hair = image[window], face[window], hair[window]
     if not face.any():
         return True
