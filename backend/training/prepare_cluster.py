@@ -64,7 +64,7 @@ def _map(client: Client, pairs: list[Pair], settings: PhotoSettings) -> Iterator
         under_way[future] = pair
         return future
 
-    finished = distributed.as_completed([submit(pair) for pair in islice(waiting, AHEAD * threads)])
+    finished = distributed.as_completed([submit(pair) for pair in islice(waiting, AHEAD * threads)], loop=client.loop)
     for future in finished:
         pair = under_way.pop(future)
         try:
