@@ -233,6 +233,20 @@ def test_every_oddity_has_exactly_one_line(dataset: Dataset, shots: list[Shot]) 
     assert turned["size"] == [SIDE, SIDE] and turned["hair_rings"] == accepted[0]["hair_rings"], "polygons live in the stored frame"
 
 
+def test_photos_without_an_azimuth_get_their_pose_from_the_face(dataset: Dataset, shots: list[Shot], in_process: None) -> None:
+    for number, (photo, label) in enumerate(shots):
+        dataset.file(f"CP100000-{number + 1:03d}.jpg", photo, label)
+        dataset.file(f"CP200000-{number + 1:03d}.jpg", photo, label, horizontal="")
+    prepare_dataset_deephair.prepare(dataset.config())
+    rows = {row["id"]: row for row in dataset.lines("metadata")}
+    labelled, guessed = zip(*((rows[name], rows[name.replace("CP1", "CP2")]) for name in rows if name.startswith("CP1")), strict=True)
+    assert [row["yaw"] for row in labelled] == [(label["horizontal"] + 180) % 360 - 180 for _, label in shots]
+    seen = [(a["yaw"], b["yaw"]) for a, b in zip(labelled, guessed, strict=True) if b["face_detected"] and abs(a["yaw"]) < 80]
+    assert len(seen) >= 6 and max(abs(a - b) for a, b in seen) < 25
+    assert all(a * b > 0 for a, b in seen if abs(a) > 20)
+    assert all(b["yaw"] is None for b in guessed if not b["face_detected"])
+
+
 # ---- reruns ----
 
 
