@@ -28,8 +28,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"deephair {__version__}")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     _add_run(verbs)
+    console.add_prepare_arguments(_stage(verbs, "prepare", _prepare, "Stage 0: photos and labels become training data"))
     for name, run, text in (
-        ("prepare", _prepare, "Stage 0: photos and labels become training data"),
         ("texture", _texture, "Stage 1: train the hair texture encoder ('texture predict IMAGE...' to use it)"),
         ("train", _train, "Stage 2: fine-tune the SDXL inpainting UNet"),
         ("evaluate", _evaluate, "measure the newest checkpoint or the deployed model without deploying"),

@@ -55,6 +55,7 @@ class DataConfig(Section):
     min_hair_fraction: Fraction = 0.005  # of the head crop; less is quarantined as no_hair
     split: tuple[Fraction, Fraction, Fraction] = (0.8, 0.1, 0.1)  # train, val, test
     workers: Annotated[int, Field(ge=0, le=64)] = 0  # 0: one per core, 8 at most
+    scheduler: str = ""  # address of a dask scheduler, tcp://host:8786, whose workers do the photos; empty: processes of this machine
     limit: Annotated[int, Field(ge=0)] = 0  # 0: all photos
     seed: int = 0
 
@@ -233,7 +234,7 @@ class Config(Section):
         """sha256 of the named sections (all when none is named); paths are left out, since moving a folder changes nothing."""
         plain = {key: value for key, value in self.resolved().items() if key != "paths" and (not sections or key in sections)}
         if "data" in plain:
-            plain["data"] = {k: v for k, v in plain["data"].items() if k not in ("images", "labels", "workers")}
+            plain["data"] = {k: v for k, v in plain["data"].items() if k not in ("images", "labels", "workers", "scheduler")}
         if "train" in plain:
             plain["train"] = {k: v for k, v in plain["train"].items() if k != "start"}  # its content counts, not its place
         if "texture" in plain:

@@ -96,6 +96,16 @@ def add_stage_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what Stage 0 takes beside the shared arguments: other names for three settings."""
+    for flag, metavar, text in (
+        ("--workers", "N", "processes (data.workers; default: one per core, 8 at most)"),
+        ("--limit", "N", "take the first N photos only (data.limit)"),
+        ("--scheduler", "ADDRESS", "let the workers of a dask scheduler do it, for example tcp://host:8786 (data.scheduler)"),
+    ):
+        parser.add_argument(flag, dest=f"data.{flag[2:]}", metavar=metavar, help=text)
+
+
 def parse_stage_arguments(argv: Sequence[str] | None, prog: str, description: str) -> StageArguments:
     """Parses a stage's command line and loads its configuration. Raises UsageError for wrong settings."""
     return stage_arguments(stage_parser(prog, description).parse_intermixed_args(argv))
@@ -106,7 +116,8 @@ def stage_arguments(parsed: argparse.Namespace) -> StageArguments:
     from backend.config import load_config  # late: pydantic is not needed for --help
 
     set_up_logging()
-    config = load_config(parsed.config, parsed.overrides)
+    flags = [f"{key}={value}" for key, value in vars(parsed).items() if "." in key and value is not None]
+    config = load_config(parsed.config, [*parsed.overrides, *flags])
     return StageArguments(config, parsed.json, parsed.dry_run, parsed.resume, parsed)
 
 

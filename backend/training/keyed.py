@@ -6,9 +6,12 @@ import functools
 import hashlib
 import math
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 
 def key(seed: int, purpose: str, *position: int) -> int:
@@ -19,6 +22,8 @@ def key(seed: int, purpose: str, *position: int) -> int:
 
 def torch_generator(seed: int, purpose: str, *position: int) -> torch.Generator:
     """A CPU generator for one purpose at one position; drawing on the CPU makes the numbers the same on every device."""
+    import torch  # late: a Stage 0 worker takes its keys from here and would hold 500 MB of torch for them
+
     return torch.Generator().manual_seed(key(seed, purpose, *position))
 
 

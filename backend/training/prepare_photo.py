@@ -26,7 +26,7 @@ from backend.training.data_processing.mapping import english, texture_labels
 from backend.training.data_processing.names import printable
 from backend.training.data_processing.prompts import write_prompt
 from backend.training.keyed import key
-from backend.training.training_face import DetectedFace, FaceAnalyzer, IdentityModel, forgo_torch, is_blurred
+from backend.training.training_face import DetectedFace, FaceAnalyzer, IdentityModel, forgo_torch, is_blurred, yaw_of
 
 logger = logging.getLogger(__name__)
 
@@ -175,6 +175,13 @@ def signed_yaw(horizontal: float | None) -> float | None:
     return horizontal - 360.0 if horizontal > 180.0 else horizontal
 
 
+def _yaw(label: PhotoLabel, face: DetectedFace | None) -> float | None:
+    """The camera's azimuth as labelled; on photos without one (the sample pack) the face's own pose, to whole degrees."""
+    if label.horizontal is not None or face is None:
+        return signed_yaw(label.horizontal)
+    return float(round(yaw_of(face.landmarks)))
+
+
 def _main_face(found: list[DetectedFace], label: PhotoLabel) -> DetectedFace | None:
     """The largest face, if any; a head seen from behind (by its label) has none, whatever a detector sees in the hair."""
     yaw = signed_yaw(label.horizontal)
@@ -254,7 +261,7 @@ def _row(
         "face_detected": face is not None,
         "landmarks": np.round(square.scaled(face.landmarks, settings.resolution), 2).tolist() if face else None,
         "identity_valid": names["identity"] is not None,
-        "yaw": signed_yaw(label.horizontal),
+        "yaw": _yaw(label, face),
         "vertical": label.vertical,
         "front": label.front,
         "phase": label.phase,

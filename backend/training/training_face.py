@@ -113,12 +113,41 @@ class FaceAnalyzer:
         return raw / np.float32(norm)
 
 
+def yaw_of(landmarks: NDArray[np.floating]) -> float:
+    """Head pose from the five landmarks of a face: yaw in degrees, 0 frontal, positive towards the image's right, within -90..90.
+
+    Under weak perspective the nose's tip moves across the line from eyes to mouth by its protrusion times sin(yaw), while the widths of
+    eyes and mouth shrink by cos(yaw); NOSE_SHARE is the one over the other on a mean face (28 mm over the mean of 63 and 50 mm).
+    landmarks: (5, 2), in the order of DetectedFace.
+    """
+    points = np.asarray(landmarks, np.float64)
+    eyes, mouth = points[:2].mean(axis=0), points[3:].mean(axis=0)
+    down = mouth - eyes
+    height = float(np.hypot(*down))
+    if height == 0.0:
+        return 0.0
+    across = np.array([down[1], -down[0]]) / height
+    middle = eyes + down * (((points[2] - eyes) @ down) / height**2)
+    width = ((points[1] - points[0]) @ across + (points[4] - points[3]) @ across) / 2
+    return float(np.degrees(np.arctan2((points[2] - middle) @ across, NOSE_SHARE * max(width, 0.0))))
+
+
+NOSE_SHARE = 0.5
+
+
 def is_blurred(image: NDArray[np.uint8], face: NDArray[np.uint8], hair: NDArray[np.uint8]) -> bool:
     """Whether a face was smoothed away, as inside ``polygon2`` of the released photos.
 
     Compares the fine detail (median absolute Laplacian of brightness) inside the face mask with that of the whole picture's median
     edge pixel; a smooth gradient has next to none. image (H, W, 3) uint8 RGB; masks (H, W) 0/255; hair is left out of the face.
     """
+    x, y, width, height = cv2.boundingRect(face)
+    window = np.s_[
+        max(0, y - BORDER) : y + height + BORDER, max(0, x - BORDER) : x + width + BORDER
+    ]  # the same pixels, a tenth of the cost
+    image, face, hair = image[window], face[window], hair[window]
+    if not face.any():
+        return True
     inside = cv2.erode(np.where(hair > 0, 0, face).astype(np.uint8), np.ones((3, 3), np.uint8), iterations=2) > 0
     if inside.sum() < 64:
         return True
@@ -126,4 +155,5 @@ def is_blurred(image: NDArray[np.uint8], face: NDArray[np.uint8], hair: NDArray[
     return float(np.percentile(detail[inside], 98)) < BLURRED_BELOW
 
 
+BORDER = 4  # px kept around the face for the erosion and the Laplacian to see what they saw in the whole picture
 BLURRED_BELOW = 24.0  # 98th percentile of |Laplacian| (grey levels): eyes, brows and lips lie far above, a gradient with JPEG noise below
