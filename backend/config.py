@@ -129,6 +129,9 @@ class TrainConfig(Section):
     warmup: Annotated[int, Field(ge=0)] = 500
     weight_decay: Annotated[float, Field(ge=0)] = 1e-2
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    # full-12gb: the root mean square of each tensor's update is bounded by 1, or the global gradient norm by clip_norm as it was one step
+    # before; full-exact always clips the global norm, exactly
+    clipping: Literal["update-rms", "previous-norm"] = "update-rms"
     style_tokens: Literal[1, 16] = 1
     reference: Literal["other", "same"] = "other"  # style reference: another photo of the head where there is one, or the photo itself
     drop: DropConfig = DropConfig()

@@ -8,31 +8,30 @@ from __future__ import annotations
 import json
 import logging
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import cv2
 import numpy as np
 import torch
-from torch import nn
 
 from backend import artifacts, console
 from backend import weights as pretrained
 from backend.config import Config
-from backend.errors import DeepHairError, UsageError
+from backend.errors import UsageError
 from backend.imaging.decode import write_png
 from backend.training import checkpoints
 from backend.training.data_processing.prompts import NEUTRAL_PROMPT
-from backend.training.keyed import batches, numpy_generator, torch_generator, warmup_cosine
+from backend.training.keyed import batches
 from backend.training.lowmem import FusedFactoredAdam
-from backend.training.models import losses
 from backend.training.models.perceptual import load_perceptual
 from backend.training.models.schedule import NoiseSchedule
-from backend.training.models.stage2_unet import Conditions, HairInpaintingUNet, load_start, load_unet, time_ids, unet_config
+from backend.training.models.stage2_unet import HairInpaintingUNet, load_start, load_unet, unet_config
 from backend.training.models.texture_encoder import load_texture_encoder
 from backend.training.prepared import Prepared, reference_candidates
-from backend.training.stage2_cache import CacheKey, LatentCache, build_latents, build_prompts
+from backend.training.stage2_cache import CacheKey, build_latents, build_prompts
+from backend.training.stage2_data import Batches, Split
 from backend.training.stage2_files import FORMAT, LATEST, PREFIX, log_path, log_rows, texture_encoder_path
+from backend.training.stage2_step import Stage2Step, build_optimizer, ready_for_training, weights_dtype
 from backend.tryon import conditioning
 from backend.tryon.painter import device_and_dtype
 from backend.tryon.sampling import Sampler, sample, scheduler_config
@@ -42,36 +41,12 @@ logger = logging.getLogger(__name__)
 VALIDATION_TIMESTEPS = (50, 200, 400, 600, 800, 950)
 
 
-@dataclass(frozen=True)
-class Split:
-    """The cached samples of one split with what is drawn from for each."""
-
-    latents: LatentCache
-    prompts: list[str]
-    references: list[list[int]]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One training batch on the device; latents are (B, 4, h, w) and scaled, masks (B, 1, h, w)."""
-
-    photo: torch.Tensor
-    mask: torch.Tensor
-    bald: torch.Tensor
-    excluded: torch.Tensor
-    conditions: Conditions
-    noise: torch.Tensor
-    timesteps: torch.Tensor
-    ids: list[str]
-
-
 class Stage2Run:
     """One training run: networks, caches, optimizer and position."""
 
     def __init__(self, config: Config, digest: str) -> None:
         self.config, self.digest = config, digest
         self.device, _ = device_and_dtype(config)
-        self.dtype = torch.bfloat16 if config.train.preset == "full-12gb" else torch.float32
         base = conditioning.inpainting_folder(config.paths.weights)
         prepared = Prepared(config.paths.processed)
         key = CacheKey.of(config, prepared, texture_encoder_path(config))
@@ -80,11 +55,13 @@ class Stage2Run:
         self.vae = conditioning.load_vae(base, device=self.device, dtype=_encoder_dtype(self.device))
         self.splits = self._build_splits(prepared, key)
         self.schedule = scheduler_config(base)
-        self.noising = NoiseSchedule(self.schedule)
+        noising = NoiseSchedule(self.schedule)
+        self.batches = Batches(config.train, self.splits, self.prompts, timesteps=noising.steps, device=self.device)
         self.model = self._build_model(base)
-        self.perceptual = load_perceptual(config.paths.weights)[0].to(self.device) if config.train.texture_every else None
         self.names: dict[torch.Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
-        self.optimizer = self._build_optimizer()
+        self.optimizer = build_optimizer(self.model, config.train)
+        perceptual = load_perceptual(config.paths.weights)[0].to(self.device) if config.train.texture_every else None
+        self.train_step = Stage2Step(config, self.model, self.optimizer, noising, vae=self.vae, perceptual=perceptual)
         self.step, self.resumed_at = 0, -1
         self.loss_first: float | None = None
         self.loss_last: float | None = None
@@ -102,27 +79,11 @@ class Stage2Run:
 
     def _build_model(self, base: Any) -> HairInpaintingUNet:
         torch.manual_seed(self.config.train.seed)  # the injector's initial weights
-        model = HairInpaintingUNet(load_unet(base / "unet", self.dtype), self.config.train.style_tokens)
-        if self.config.train.start is not None:
-            load_start(model, self.config.train.start)
-        model.unet.to(self.dtype)
-        if self.config.train.gradient_checkpointing:
-            model.unet.enable_gradient_checkpointing()
-        return model.to(self.device).train()
-
-    def _build_optimizer(self) -> torch.optim.Optimizer | FusedFactoredAdam:
         train = self.config.train
-        rates: list[tuple[str, Any, float]] = [
-            (name, parameter, train.injector_lr if name.startswith("injector.") else train.lr) for parameter, name in self.names.items()
-        ]
-        if train.preset == "full-12gb":
-            return FusedFactoredAdam(rates, weight_decay=train.weight_decay, seed=train.seed)
-        groups: dict[float, list[nn.Parameter]] = {}
-        for _, parameter, rate in rates:
-            groups.setdefault(rate, []).append(parameter)
-        return torch.optim.AdamW(
-            [{"params": parameters, "lr": rate, "base_lr": rate} for rate, parameters in groups.items()], weight_decay=train.weight_decay
-        )
+        model = HairInpaintingUNet(load_unet(base / "unet", weights_dtype(train.preset)), train.style_tokens)
+        if train.start is not None:
+            load_start(model, train.start)
+        return ready_for_training(model, train, self.device)
 
     # ---- the loop ----
 
@@ -144,7 +105,7 @@ class Stage2Run:
                 if stop.requested:
                     raise KeyboardInterrupt
                 step, indices = next(stream)
-                parts = self._train_step(step, indices)
+                parts = self.train_step(self.batches.batch("train", indices, step), step)
                 self.step = step + 1
                 if self.step % train.log_every == 0 or self.step == train.steps:
                     self._log({"step": self.step, **parts, "samples_per_s": round(progress.rate() * train.batch_size, 3)})
@@ -162,111 +123,6 @@ class Stage2Run:
         elif self.step and self.step % epoch_steps == 0:
             self._save(f"{PREFIX}_epoch_{self.step // epoch_steps}")
 
-    def _train_step(self, step: int, indices: np.ndarray) -> dict[str, float]:
-        train = self.config.train
-        batch = self.batch("train", indices, step)
-        factor = warmup_cosine(step, warmup=train.warmup, total=train.steps, floor=0.1) if train.warmup else 1.0
-        if isinstance(self.optimizer, FusedFactoredAdam):
-            self.optimizer.begin(step, factor)
-        loss, parts = self._loss(batch, step)
-        if not bool(torch.isfinite(loss)):
-            raise DeepHairError(
-                f"the loss is {float(loss.detach())} at step {step}; nothing of this step was applied (photos {', '.join(batch.ids)})",
-                hint="the last checkpoint is intact: look at those photos, lower train.lr, and run again to go on from it",
-                code="non_finite_loss",
-            )
-        loss.backward()
-        if isinstance(self.optimizer, torch.optim.Optimizer):
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), train.clip_norm)
-            for group in self.optimizer.param_groups:
-                group["lr"] = group["base_lr"] * factor
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-        return {**parts, "lr": train.lr * factor}
-
-    def _loss(self, batch: Batch, step: int) -> tuple[torch.Tensor, dict[str, float]]:
-        train = self.config.train
-        noisy, prediction = self._predict(batch)
-        weight = self.noising.min_snr_weight(batch.timesteps, train.min_snr_gamma)
-        target = self.noising.target(batch.photo, batch.noise, batch.timesteps)
-        loss = losses.mask_aware_loss(
-            prediction, target, batch.mask, batch.excluded, outside_weight=train.outside_weight, sample_weight=weight
-        )
-        parts = {"loss_mask": float(loss.detach())}
-        if train.texture_every and step % train.texture_every == 0:
-            texture = self._texture_loss(batch, noisy, prediction, step)
-            if texture is not None:
-                parts["loss_texture"] = float(texture.detach())
-                loss = loss + train.texture_weight * texture
-        return loss, {"loss": float(loss.detach()), **parts}
-
-    def _predict(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        noisy = self.noising.add_noise(batch.photo, batch.noise, batch.timesteps).to(self.dtype)
-        ids = time_ids(len(batch.ids), self.config.data.resolution).to(self.device, self.dtype)
-        conditions = batch.conditions.to(self.device, self.dtype)
-        prediction = self.model(noisy, batch.mask.to(self.dtype), batch.bald.to(self.dtype), batch.timesteps, conditions, ids)
-        return noisy.float(), prediction.float()
-
-    def _texture_loss(self, batch: Batch, noisy: torch.Tensor, prediction: torch.Tensor, step: int) -> torch.Tensor | None:
-        """Gram loss on a decoded crop of the predicted clean latents, for the batch's samples at low timesteps; None without one."""
-        if self.perceptual is None:
-            return None
-        low = batch.timesteps < self.config.train.texture_max_timestep
-        if not bool(low.any()):
-            return None
-        clean = self.noising.predicted_x0(noisy[low], prediction[low], batch.timesteps[low])
-        mask = batch.mask[low] * (1 - batch.excluded[low])
-        top, left = _densest_window(mask, self.config.train.texture_crop)
-        window = np.s_[:, :, top : top + self.config.train.texture_crop, left : left + self.config.train.texture_crop]
-        image = conditioning.decode_latents(self.vae, clean[window])
-        with torch.no_grad():
-            target = conditioning.decode_latents(self.vae, batch.photo[low][window])
-        area = torch.nn.functional.interpolate(mask[window], image.shape[-2:])
-        return losses.texture_consistency_loss(self.perceptual, image.float(), target.float(), area)
-
-    # ---- data ----
-
-    def batch(self, split: str, indices: np.ndarray, step: int, timestep: int | None = None) -> Batch:
-        """The samples ``indices`` with every draw keyed by (seed, split, step); a fixed ``timestep`` makes it a validation batch."""
-        train, data = self.config.train, self.splits[split]
-        rng = numpy_generator(train.seed, f"draws/{split}", step)
-        generator = torch_generator(train.seed, f"noise/{split}", step)
-        texts, pooled, references = [], [], []
-        variants = rng.integers(train.mask_variants, size=len(indices))
-        dropped = (
-            rng.random((4, len(indices))) < np.array([[train.drop.text], [train.drop.style], [train.drop.identity], [train.drop.all]])
-        ) & (timestep is None)
-        drop_text, drop_style, drop_identity, drop_all = dropped
-        for row, index in enumerate(int(i) for i in indices):
-            others = data.references[index] if train.reference == "other" else []
-            references.append(int(others[int(rng.integers(len(others)))]) if others else index)
-            # Serving with a reference says the neutral prompt, guidance the empty one: training meets both.
-            unsaid = NEUTRAL_PROMPT if rng.random() < 0.5 else ""
-            text, text_pooled = self.prompts.get("" if drop_all[row] else unsaid if drop_text[row] else data.prompts[index])
-            texts.append(text)
-            pooled.append(text_pooled)
-        own = np.asarray(indices, np.int64)
-        every, chosen = torch.arange(len(own)), torch.from_numpy(variants)
-        mean = data.latents.take("photo_mean", own).float()
-        photo = mean + data.latents.take("photo_std", own).float() * torch.randn(mean.shape, generator=generator)
-        noise = torch.randn(mean.shape, generator=generator)
-        if train.noise_offset:
-            noise = noise + train.noise_offset * torch.randn(mean.shape[0], mean.shape[1], 1, 1, generator=generator)
-        drawn = torch.randint(0, self.noising.steps, (len(indices),), generator=generator)
-        timesteps = drawn if timestep is None else torch.full_like(drawn, timestep)
-        conditions = Conditions(
-            torch.stack(texts), torch.stack(pooled),
-            data.latents.take("style", np.array(references, np.int64)).float(), torch.from_numpy(~(drop_style | drop_all)),
-            data.latents.take("identity", own).float(),
-            data.latents.take("identity_valid", own).view(-1).bool() & torch.from_numpy(~(drop_identity | drop_all)),
-        )  # fmt: skip
-        here = self.device
-        return Batch(
-            photo.to(here), data.latents.take("mask", own)[every, chosen].float().to(here),
-            data.latents.take("bald", own)[every, chosen].float().to(here), data.latents.take("excluded", own).float().to(here),
-            conditions, noise.to(here), timesteps.to(here), [data.latents.ids[int(i)] for i in indices],
-        )  # fmt: skip
-
     # ---- measuring ----
 
     @torch.no_grad()
@@ -278,13 +134,8 @@ class Stage2Run:
         for number, timestep in enumerate(VALIDATION_TIMESTEPS):
             for start in range(0, count, size):
                 part = chosen[start : start + size]
-                batch = self.batch("val", part, number * count + start, timestep)
-                _, prediction = self._predict(batch)
-                target = self.noising.target(batch.photo, batch.noise, batch.timesteps)
-                loss = losses.mask_aware_loss(
-                    prediction, target, batch.mask, batch.excluded, outside_weight=self.config.train.outside_weight
-                )
-                total += float(loss) * len(part)
+                batch = self.batches.batch("val", part, number * count + start, timestep)
+                total += float(self.train_step.validation_loss(batch)) * len(part)
         self.loss_last = total / (count * len(VALIDATION_TIMESTEPS))
         if self.loss_first is None:
             self.loss_first = self.loss_last
@@ -293,25 +144,24 @@ class Stage2Run:
 
     @torch.no_grad()
     def _preview(self) -> None:
-        """A strip of four validation heads at fixed seeds, painted by the live modules: reference's cached style, bald, result."""
-        count = min(4, len(self.splits["val"].latents))
-        chosen = np.linspace(0, len(self.splits["val"].latents) - 1, count).round().astype(int)
-        batch = self.batch("val", chosen, 0, 0)
-        bald, photo = (conditioning.to_pictures(conditioning.decode_latents(self.vae, latents)) for latents in (batch.bald, batch.photo))
-        regions = [
-            cv2.resize(m[0].cpu().numpy().astype(np.uint8) * 255, bald[0].shape[:2], interpolation=cv2.INTER_NEAREST) for m in batch.mask
-        ]
-        heads = [
-            conditioning.HeadInput(region.astype(np.uint8), picture, np.zeros_like(picture))
-            for region, picture in zip(regions, bald, strict=True)
-        ]
+        """Four validation heads at fixed seeds, painted one at a time by the live modules: above the photo, then bald, then the result."""
         empty_text, empty_pooled = self.prompts.get("")
         sampler = Sampler(self.model.eval(), self.vae, self.schedule, empty_text[None], empty_pooled[None])
         steps, guidance = min(20, self.config.sample.steps), self.config.sample.guidance
-        painted = conditioning.to_pictures(sample(sampler, heads, batch.conditions, seeds=range(count), steps=steps, guidance=guidance))
+        count = min(4, len(self.splits["val"].latents))
+        columns = []
+        for seed, index in enumerate(np.linspace(0, len(self.splits["val"].latents) - 1, count).round().astype(int)):
+            batch = self.batches.batch("val", np.array([index]), seed, 0)
+            photo, bald = (
+                conditioning.to_pictures(conditioning.decode_latents(self.vae, latents))[0] for latents in (batch.photo, batch.bald)
+            )
+            mask = batch.mask[0, 0].cpu().numpy().astype(np.uint8) * 255
+            region = cv2.resize(mask, bald.shape[:2], interpolation=cv2.INTER_NEAREST).astype(np.uint8)
+            head = conditioning.HeadInput(region, bald, np.zeros_like(bald))
+            painted = sample(sampler, [head], batch.conditions, seeds=[seed], steps=steps, guidance=guidance)
+            columns.append(np.vstack([photo, bald, conditioning.to_pictures(painted)[0]]))
         self.model.train()
-        grid = np.vstack([np.hstack(row) for row in (photo, bald, painted)])
-        write_png(self.config.paths.checkpoints / "previews" / f"step_{self.step:07d}.png", grid)
+        write_png(self.config.paths.checkpoints / "previews" / f"step_{self.step:07d}.png", np.hstack(columns))
 
     # ---- position ----
 
@@ -372,12 +222,6 @@ class Stage2Run:
 
 def _encoder_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
-def _densest_window(mask: torch.Tensor, side: int) -> tuple[int, int]:
-    """Top-left corner of the window of ``side`` latents that the batch's masks fill most. mask (B, 1, h, w)."""
-    filled = torch.nn.functional.avg_pool2d(mask.float().mean(dim=0, keepdim=True), side, stride=1)[0, 0]
-    return divmod(int(filled.argmax()), filled.shape[1])
 
 
 def _differences(header: dict[str, Any], config: Config) -> str:

@@ -14,6 +14,7 @@ if __name__ == "__main__" and not __package__:  # run as a file: the checkout mu
     raise SystemExit(importlib.import_module("backend.training.train_stage2").main())
 
 import logging
+import os
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -86,6 +87,9 @@ def train(config: Config, *, resume: bool = True) -> dict[str, Any]:
     if resume and (result := finished(config)) is not None:
         logger.info("Stage 2 is complete (%d steps); nothing to do", config.train.steps)
         return results.read(config, "train") if results.recorded(config, "train") else result
+    os.environ.setdefault(
+        "PYTORCH_ALLOC_CONF", "expandable_segments:True"
+    )  # read when torch first allocates on a card: less is lost to gaps
     from backend.training.stage2_run import Stage2Run  # late: torch and diffusers
 
     start = time.monotonic()

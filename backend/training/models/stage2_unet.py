@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from backend import artifacts
 from backend.errors import InvalidArtifactError
@@ -77,6 +78,14 @@ class HairInpaintingUNet(nn.Module):
         super().__init__()
         self.unet = unet
         self.injector = CrossAttentionInjector(unet.config.cross_attention_dim, style_tokens)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recomputes each block's activations in the backward pass. Nothing here draws random numbers, so no generator state is kept."""
+
+        def recomputed(module: nn.Module, *inputs: Any) -> Any:
+            return checkpoint(module, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+        self.unet.enable_gradient_checkpointing(recomputed)
 
     def forward(
         self,

@@ -1,0 +1,160 @@
+"""One step of Stage 2: prediction, losses, backward pass, update. It knows no files, so benchmarks drive it as the loop does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from backend.config import Config, TrainConfig
+from backend.errors import DeepHairError
+from backend.training.keyed import warmup_cosine
+from backend.training.lowmem import Arithmetic, FusedFactoredAdam
+from backend.training.models import losses
+from backend.training.models.perceptual import PerceptualNet
+from backend.training.models.schedule import NoiseSchedule
+from backend.training.models.stage2_unet import HairInpaintingUNet, time_ids
+from backend.training.stage2_data import Batch
+from backend.tryon import conditioning
+
+Optimizer = torch.optim.Optimizer | FusedFactoredAdam
+
+
+def weights_dtype(preset: str) -> torch.dtype:
+    """What a preset keeps the UNet's weights in while training."""
+    return torch.bfloat16 if preset == "full-12gb" else torch.float32
+
+
+def ready_for_training(model: HairInpaintingUNet, train: TrainConfig, device: torch.device) -> HairInpaintingUNet:
+    """The network in the preset's precision on the device; the small injector stays in float32."""
+    model.unet.to(weights_dtype(train.preset))
+    if train.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    return model.to(device).train()
+
+
+def build_optimizer(model: nn.Module, train: TrainConfig, arithmetic: Arithmetic = "auto") -> Optimizer:
+    """The preset's optimizer over all parameters, the injector's with a rate of its own."""
+    rates: Iterable[tuple[str, nn.Parameter, float]] = [
+        (name, parameter, train.injector_lr if name.startswith("injector.") else train.lr) for name, parameter in model.named_parameters()
+    ]
+    if train.preset == "full-12gb":
+        clip_norm = train.clip_norm if train.clipping == "previous-norm" else None
+        return FusedFactoredAdam(rates, weight_decay=train.weight_decay, seed=train.seed, clip_norm=clip_norm, arithmetic=arithmetic)
+    groups: dict[float, list[nn.Parameter]] = {}
+    for _, parameter, rate in rates:
+        groups.setdefault(rate, []).append(parameter)
+    return torch.optim.AdamW(
+        [{"params": parameters, "lr": rate, "base_lr": rate} for rate, parameters in groups.items()], weight_decay=train.weight_decay
+    )
+
+
+class Stage2Step:
+    """The networks and the optimizer of a run. perceptual: None where there is no texture loss; vae decodes for it."""
+
+    def __init__(
+        self,
+        config: Config,
+        model: HairInpaintingUNet,
+        optimizer: Optimizer,
+        noising: NoiseSchedule,
+        *,
+        vae: Any,
+        perceptual: PerceptualNet | None,
+    ) -> None:
+        self.config, self.model, self.optimizer, self.noising = config, model, optimizer, noising
+        self._vae, self._perceptual = vae, perceptual
+        parameter = next(model.unet.parameters())
+        self._device, self._dtype = parameter.device, parameter.dtype
+        self._time_ids: dict[int, torch.Tensor] = {}
+
+    def __call__(self, batch: Batch, step: int) -> dict[str, float]:
+        """Trains on a batch as the 0-based ``step`` and returns the loss, its parts and the learning rate.
+
+        Raises DeepHairError, with nothing of the step applied, when the loss is not finite.
+        """
+        train = self.config.train
+        factor = warmup_cosine(step, warmup=train.warmup, total=train.steps, floor=0.1) if train.warmup else 1.0
+        loss, parts = self.loss(batch, step)
+        if not bool(torch.isfinite(loss)):
+            raise DeepHairError(
+                f"the loss is {float(loss.detach())} at step {step}; nothing of this step was applied (photos {', '.join(batch.ids)})",
+                hint="the last checkpoint is intact: look at those photos, lower train.lr, and run again to go on from it",
+                code="non_finite_loss",
+            )
+        self._update(loss, step, factor)
+        return {"loss": float(loss.detach()), **{name: float(part) for name, part in parts.items()}, "lr": train.lr * factor}
+
+    def _update(self, loss: torch.Tensor, step: int, factor: float) -> None:
+        if isinstance(self.optimizer, FusedFactoredAdam):
+            self.optimizer.begin(step, factor)
+            loss.backward()
+            self.optimizer.end()
+            return
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.clip_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def loss(self, batch: Batch, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The training loss of a batch, a scalar with gradient, and its parts."""
+        train = self.config.train
+        noisy, prediction = self.predict(batch)
+        weight = self.noising.min_snr_weight(batch.timesteps, train.min_snr_gamma)
+        target = self.noising.target(batch.photo, batch.noise, batch.timesteps)
+        loss = losses.mask_aware_loss(
+            prediction, target, batch.mask, batch.excluded, outside_weight=train.outside_weight, sample_weight=weight
+        )
+        parts = {"loss_mask": loss.detach()}
+        if train.texture_every and step % train.texture_every == 0:
+            texture = self._texture_loss(batch, noisy, prediction)
+            if texture is not None:
+                parts["loss_texture"] = texture.detach()
+                loss = loss + train.texture_weight * texture
+        return loss, parts
+
+    def validation_loss(self, batch: Batch) -> torch.Tensor:
+        """MaskAwareLoss alone, unweighted: a scalar, the mean over the batch."""
+        _, prediction = self.predict(batch)
+        target = self.noising.target(batch.photo, batch.noise, batch.timesteps)
+        return losses.mask_aware_loss(prediction, target, batch.mask, batch.excluded, outside_weight=self.config.train.outside_weight)
+
+    def predict(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The noisy latents and what the network predicts of them, both (B, 4, h, w) float32."""
+        count = len(batch.ids)
+        if count not in self._time_ids:
+            self._time_ids[count] = time_ids(count, self.config.data.resolution).to(self._device, self._dtype)
+        noisy = self.noising.add_noise(batch.photo, batch.noise, batch.timesteps).to(self._dtype)
+        conditions = batch.conditions.to(self._device, self._dtype)
+        prediction = self.model(
+            noisy, batch.mask.to(self._dtype), batch.bald.to(self._dtype), batch.timesteps, conditions, self._time_ids[count]
+        )
+        return noisy.float(), prediction.float()
+
+    def _texture_loss(self, batch: Batch, noisy: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor | None:
+        """Gram loss on a decoded crop of the predicted clean latents, for the batch's samples at low timesteps; None without one."""
+        if self._perceptual is None:
+            return None
+        low = batch.timesteps < self.config.train.texture_max_timestep
+        if not bool(low.any()):
+            return None
+        clean = self.noising.predicted_x0(noisy[low], prediction[low], batch.timesteps[low])
+        mask = batch.mask[low] * (1 - batch.excluded[low])
+        top, left = _densest_window(mask, self.config.train.texture_crop)
+        window = np.s_[:, :, top : top + self.config.train.texture_crop, left : left + self.config.train.texture_crop]
+        image = conditioning.decode_latents(self._vae, clean[window])
+        with torch.no_grad():
+            target = conditioning.decode_latents(self._vae, batch.photo[low][window])
+        area = torch.nn.functional.interpolate(mask[window], image.shape[-2:])
+        return losses.texture_consistency_loss(self._perceptual, image.float(), target.float(), area)
+
+
+def _densest_window(mask: torch.Tensor, side: int) -> tuple[int, int]:
+    """Top-left corner of the window of ``side`` latents that the batch's masks fill most. mask (B, 1, h, w)."""
+    filled = torch.nn.functional.avg_pool2d(mask.float().mean(dim=0, keepdim=True), side, stride=1)[0, 0]
+    return divmod(int(filled.argmax()), filled.shape[1])
