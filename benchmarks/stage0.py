@@ -18,6 +18,7 @@ if __name__ == "__main__":  # run as a file: the checkout must be importable
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import resource
@@ -95,6 +96,15 @@ def write_photos(root: Path, size: tuple[int, int], heads: int, views: int = 2) 
             words.write_text(json.dumps(label, ensure_ascii=False))
 
 
+def build_weights(folder: Path) -> None:
+    """The miniature face networks, made in a process of their own: it needs torch, whose 500 MB are not to be measured here."""
+    maker = multiprocessing.get_context("spawn").Process(target=build, args=(folder,))
+    maker.start()
+    maker.join()
+    if maker.exitcode:
+        raise RuntimeError(f"the miniature weights could not be made (exit code {maker.exitcode})")
+
+
 def configuration(root: Path, weights: Path, **changes: object) -> Config:
     """The default configuration on photos below ``root``."""
     settings = {"data.images": root / "images", "data.labels": root / "labels", "paths.processed": root / "processed",
@@ -154,7 +164,7 @@ def clocked(action: Callable[[], object]) -> tuple[float, float]:
 def speed(folder: Path, heads: int) -> Iterator[dict[str, Any]]:
     """Each photo by each rival in turn; medians over photos."""
     cv2.setNumThreads(1)
-    build(folder / "weights")
+    build_weights(folder / "weights")
     faces = FaceAnalyzer(folder / "weights")
     for name, size in SIZES.items():
         root = folder / name
@@ -214,7 +224,7 @@ def projection(seconds: float, size: float, files: float) -> dict[str, float]:
 
 def memory(folder: Path, photos: int) -> Iterator[dict[str, Any]]:
     """Peak of one worker at 4032 x 3024; then a whole run over ``photos`` at 512 px, in which nothing may grow."""
-    build(folder / "weights")
+    build_weights(folder / "weights")
     large = folder / "large"
     write_photos(large, SIZES["4032x3024"], 3)
     config = configuration(large, folder / "weights")

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pickle
+import shutil
 import unicodedata
 from collections import Counter
 from collections.abc import Callable
@@ -31,6 +32,7 @@ from backend.training.data_processing.khairstyle import (
     sniff,
 )
 from backend.training.data_processing.names import folders_of, photo_id, repaired, stem_key
+from backend.training.prepare_photo import PHOTO_REASONS, PhotoSettings, process
 
 RING = [(100.0, 50.0), (300.5, 60.0), (280.0, 240.0), (120.0, 220.25)]
 FACE = [(150.0, 120.0), (250.0, 120.0), (200.0, 230.0)]
@@ -40,9 +42,9 @@ def points(ring: list[tuple[float, float]]) -> list[dict[str, float]]:
     return [{"x": x, "y": y} for x, y in ring]
 
 
-def jpeg(seed: int = 0) -> bytes:
+def jpeg(seed: int = 0, side: int = 16) -> bytes:
     picture = np.random.default_rng(seed).integers(0, 255, (16, 16, 3), np.uint8)
-    return cv2.imencode(".jpg", picture)[1].tobytes()
+    return cv2.imencode(".jpg", cv2.resize(picture, (side, side)))[1].tobytes()
 
 
 def label(filename: str | None, **changes: Any) -> dict[str, Any]:
@@ -472,9 +474,15 @@ def mutated(content: bytes, generator: np.random.Generator) -> bytes:
     return bytes(data)
 
 
-def fuzz(folder: Path, count: int, seed: int = 0, batch: int = 60) -> Counter[str]:
-    """Reads ``count`` mutated labels and photos, ``batch`` to a tree; the index accounts for each whatever it holds."""
+def fuzz(
+    folder: Path, count: int, seed: int = 0, batch: int = 60, *, side: int = 16, work: Callable[[Pair], str] | None = None
+) -> Counter[str]:
+    """Reads ``count`` mutated labels and photos, ``batch`` to a tree; the index accounts for each whatever it holds.
+
+    ``work`` is what is done with a photo that has a label, and returns its outcome; by default its label is read.
+    """
     generator = np.random.default_rng(seed)
+    photo = jpeg(side=side)
     whole = json.dumps(label("CP000001-001.jpg"), ensure_ascii=False).encode()
     pack = json.dumps({"annotation": [label("CP000001-001.jpg"), {"file_name": "CP000001-002.jpg", "polygon1": "[]"}]}).encode()
     outcomes: Counter[str] = Counter()
@@ -483,29 +491,60 @@ def fuzz(folder: Path, count: int, seed: int = 0, batch: int = 60) -> Counter[st
         root = folder / f"batch{done}"
         names = []
         for number in range(min(batch, count - done)):
-            original = (whole, whole, whole, pack, jpeg())[int(generator.integers(5))]
-            suffix = (".jpg", ".json", ".JPG", "")[number % 4]
-            name = f"CP000001{'-_'[number % 2]}{int(generator.integers(1, batch)):03d}{suffix}"
+            kind = int(generator.integers(6))
+            original = (whole, whole, whole, pack, photo, photo)[kind]
+            suffix = (".jpg", ".json", ".JPG", "")[number % 4] if kind < 5 else ".jpg"  # every sixth is a damaged photo with a label
+            name = f"CP000001{'-_'[number % 2]}{int(generator.integers(1, batch)) if kind < 5 else 200 + number:03d}{suffix}"
             write(root / name, mutated(original.replace(b"CP000001-001", f"CP000001-{number:03d}".encode()), generator))
             names.append(name)
-            write(root / f"CP000001-{number:03d}.jpeg", jpeg())  # an intact photo that some labels find
+            write(root / f"CP000001-{number:03d}.jpeg", photo)  # an intact photo that some labels find
+            if kind == 5:
+                write(root / f"CP000001_{200 + number:03d}.json", label(f"CP000001-{200 + number:03d}.jpg"))
         done += len(names)
         index = index_dataset(root, root)
-        photos = [pair.photo for pair in index.pairs]
-        spoken_of = Counter([*photos, *(item.path for item in index.rejected if item.reason != "bad_label")])
+        spoken_of = Counter([*(pair.photo for pair in index.pairs), *(item.path for item in index.rejected if item.reason != "bad_label")])
         assert all(spoken_of[root / f"CP000001-{number:03d}.jpeg"] == 1 for number in range(len(names)))
         assert len({(pair.label, pair.entry) for pair in index.pairs}) == len(index.pairs)
-        for pair in index.pairs:
-            try:
-                read_label(pair)
-                outcomes["read"] += 1
-            except LabelError as error:
-                outcomes[error.reason] += 1
+        outcomes.update((work or label_outcome)(pair) for pair in index.pairs)
         outcomes.update(item.reason for item in index.rejected)
+        shutil.rmtree(root)
     return outcomes
+
+
+def label_outcome(pair: Pair) -> str:
+    try:
+        read_label(pair)
+    except LabelError as error:
+        return error.reason
+    return "read"
 
 
 def test_fuzz(tmp_path: Path) -> None:
     outcomes = fuzz(tmp_path, 360)
     assert outcomes.keys() <= REASONS.keys() | {"read"}
     assert outcomes["read"] > 20 and outcomes["bad_json"] > 20  # both sides of the reader were met
+
+
+class NoFaces:
+    """Finds no face: the networks see decoded pixels only, whatever the file held."""
+
+    def detect(self, image: np.ndarray) -> list[Any]:
+        assert image.dtype == np.uint8 and image.ndim == 3
+        return []
+
+
+@pytest.mark.long  # 20,000 files, of which the readable ones go through the whole of Stage 0
+def test_fuzz_of_stage_0(tmp_path: Path) -> None:
+    settings = PhotoSettings(
+        processed=tmp_path / "processed", images=tmp_path, weights=tmp_path, identity_model="adaface", resolution=64, patch_size=32,
+        patches_per_photo=2, patch_min_hair=0.85, bald="two_part", max_pixels=10**7, min_hair_fraction=0.005, seed=0,
+    )  # fmt: skip
+
+    def work(pair: Pair) -> str:
+        row = process(pair, settings, NoFaces())  # type: ignore[arg-type]
+        json.dumps(row, allow_nan=False, ensure_ascii=False).encode("utf-8")
+        return str(row.get("reason", "accepted"))
+
+    outcomes = fuzz(tmp_path / "data", 20_000, side=512, work=work)
+    assert outcomes.keys() <= REASONS.keys() | PHOTO_REASONS.keys() | {"accepted"}
+    assert min(outcomes[name] for name in ("accepted", "truncated", "bad_json", "bad_polygon", "no_hair_polygon")) > 50, outcomes

@@ -509,3 +509,9 @@ def test_the_report_can_be_filtered_and_counts_by_split(dataset: Dataset, shots:
         assert {split: sum(of[split] for of in values.values()) for split in report["splits"]} == {
             split: of["photos"] for split, of in report["splits"].items()
         }
+
+
+def test_the_page_on_the_data_names_every_reason() -> None:
+    text = (REPO_ROOT / "docs/data.md").read_text(encoding="utf-8")
+    for reason, meaning in {**REASONS, **PHOTO_REASONS}.items():
+        assert f"| `{reason}` | {meaning} |" in text

@@ -6,6 +6,7 @@ before its first photo. Files are written where they belong by the workers, rows
 
 from __future__ import annotations
 
+import signal
 import socket
 import threading
 from collections.abc import Iterator
@@ -69,15 +70,11 @@ def _map(client: Client, pairs: list[Pair], settings: PhotoSettings) -> Iterator
         pair = under_way.pop(future)
         try:
             row = future.result()
-        except distributed.KilledWorker:
-            row = Casualty(pair, client.run_on_scheduler(_allowed_failures) + 1, 1)
+        except distributed.KilledWorker as error:  # how they died dask does not say: lost machines are likelier than a bad photo
+            row = Casualty(pair, error.allowed_failures + 1, -signal.SIGKILL)
         for following in islice(waiting, 1):
             finished.add(submit(following))
         yield pair, row
-
-
-def _allowed_failures(dask_scheduler: Any) -> int:
-    return int(dask_scheduler.allowed_failures)
 
 
 def process_on_worker(pair: Pair, settings: PhotoSettings, digest: str) -> dict[str, Any]:

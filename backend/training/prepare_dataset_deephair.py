@@ -165,11 +165,9 @@ def _process_all(tasks: list[Task], config: Config, *, resume: bool) -> Outcome:
         task = by_pair.pop(pair)
         if isinstance(result, Casualty):
             died = True
-            row = {
-                "path": relative(pair.photo, config.data.images),
-                "reason": "worker_killed",
-                "detail": f"its worker process died {result.deaths} times ({_exit(result.exitcode)})",
-            }
+            cause = "" if result.killed else f" ({_exit(result.exitcode)})"
+            detail = f"its worker process died {result.deaths} times{cause}"
+            row = {"path": relative(pair.photo, config.data.images), "reason": "worker_killed", "detail": detail}
         else:
             row = result
         if not (isinstance(result, Casualty) and result.killed):  # where memory was short, another run may find more of it

@@ -43,7 +43,7 @@ PHOTO_REASONS: dict[str, str] = {
     "too_little_hair": "The hair covers less of the head crop than data.min_hair_fraction.",
     "wrong_size": "The photo is not of the size that its label gives, so the polygons do not fit it.",
     "unreadable": "The file cannot be read.",
-    "worker_killed": "The process that worked on this photo died twice.",
+    "worker_killed": "The process that worked on this photo died, again and again.",
 }
 
 
