@@ -7,8 +7,9 @@ from typing import Any
 from backend.training.figures import FIGURES
 
 _DATA = (
-    "K-Hairstyle (Kim et al., 2021): Korean hairstyle photos of hair models with polygons and attributes, for research. Its faces are "
-    "blurred, most of its subjects are young Korean adults photographed in salons, and its men's and long curly styles are few."
+    "K-Hairstyle (Kim et al., ICIP 2021, arXiv 2102.06288): Korean hairstyle photos with polygons and attributes by stylists, for research. "
+    "The faces of the released photos are smoothed away, so next to nothing is learnt about how hair meets a face. Photos of one head lie "
+    "in one split; in the authors' own split they do not."
 )
 _LIMITS = (
     "- Skin tones, ages, hair types and photo styles that K-Hairstyle does not hold are not covered by any figure here.\n"

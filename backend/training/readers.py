@@ -18,6 +18,7 @@ from backend.training.training_face import FaceAnalyzer
 
 Picture = NDArray[np.uint8]
 Label = Literal["curl", "volume"]
+VOLUME_PATCHES = 4  # patches looked at per picture
 
 
 @torch.inference_mode()
@@ -45,7 +46,7 @@ def _cuts(picture: Picture, hair: Picture, side: int, label: Label, patch: int) 
         return np.zeros((0, side, side, 3), np.uint8)
     if label == "curl":
         return hair_windows(patches.style_picture(picture, hair), side)
-    windows = patches.cut_patches(picture, hair, size=patch, count=8, min_hair=0.85)
+    windows = patches.cut_patches(picture, hair, size=patch, count=VOLUME_PATCHES, min_hair=0.85)
     return np.stack([fit_patch(one.image, side) for one in windows]) if windows else np.zeros((0, side, side, 3), np.uint8)
 
 
