@@ -103,12 +103,23 @@ def write_if_changed(path: Path, content: str) -> None:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, Any]) -> str:
-    """Writes torch tensors as safetensors with JSON-encoded metadata values, atomically; returns the file's sha256."""
+    """Writes torch tensors as safetensors with JSON-encoded metadata values, atomically; returns the file's sha256.
+
+    Raises DeepHairError when the file cannot be written, a full disk above all; what stood there before stays.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     header = {key: value if isinstance(value, str) else json.dumps(value, sort_keys=True) for key, value in metadata.items()}
     with replacing(path) as temporary:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata=header)
+        try:
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata=header)
+        except SafetensorError as error:  # the library hides the system's own error in it
+            raise DeepHairError(
+                f"{path} could not be written: {error}",
+                hint="check that the folder is writable and the disk is not full",
+                code="not_written",
+            ) from error
         temporary.chmod(0o644)  # safetensors makes its files readable by their owner alone
         digest = sha256_file(temporary)
     return digest

@@ -37,6 +37,9 @@ def build_parser() -> argparse.ArgumentParser:
         _stage(verbs, name, run, text)
     export = _stage(verbs, "export", _export, "Stage 3: evaluate, decide, deploy")
     export.add_argument("--force", metavar="REASON", default="", help="deploy even if the gate fails; the reason is recorded in the bundle")
+    export.add_argument("--rollback", action="store_true", help="bring the previously deployed model back; a second time undoes it")
+    export.add_argument("--diffusers", metavar="FOLDER", default="", help="write the deployed UNet as a diffusers folder")
+    export.add_argument("--single-file", metavar="FILE", default="", help="write the deployed UNet as one file with the original SDXL keys")
     _stage(verbs, "serve", _serve, "serve the deployed model and the web page")
     _add_tryon(verbs)
     verify = verbs.add_parser(

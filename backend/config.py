@@ -156,6 +156,15 @@ class TrainConfig(Section):
 class EvaluateConfig(Section):
     """Stage 3, measuring."""
 
+    protocol: Literal["standard", "hairfusion"] = "standard"  # hairfusion: K-Hairstyle as in that paper; it sets samples and size itself
+    pairs: AnchoredPath | None = None  # stored pairs (a report's pairs.json) instead of drawn ones
+    networks: tuple[Literal["lpips_alex", "clip_image", "dino", "fid_inception"], ...] = (
+        "lpips_alex",
+        "clip_image",
+        "dino",
+        "fid_inception",
+    )
+    workers: Annotated[int, Field(ge=0, le=64)] = 0  # threads that read and measure; 0: one per core, 8 at most
     split: Literal["val", "test"] = "test"
     samples: Positive = 200  # pairs of the transfer protocol
     samples_reconstruction: Positive = 200
@@ -173,6 +182,11 @@ class GateConfig(Section):
     profile: Literal["design", "evidence"] = "design"
     lpips_max: Annotated[float, Field(gt=0)] = 0.20
     psnr_min: Annotated[float, Field(gt=0)] = 25.0
+    failure_max: Fraction = 0.10  # share of results in which no face is found, or that are no picture
+    ceiling_share: Fraction = 0.25  # least part of the way from the bald image to the VAE's own reconstruction, in LPIPS and in PSNR
+    worse_lpips: Annotated[float, Field(ge=0)] = 0.01  # how much worse than the deployed model is let pass
+    worse_psnr: Annotated[float, Field(ge=0)] = 0.3  # dB
+    worse_color: Annotated[float, Field(ge=0)] = 0.5  # CIEDE2000
     force: str = ""  # a reason: deploy even where the gate fails, and write the reason into the header and the report
 
 
@@ -238,6 +252,8 @@ class Config(Section):
         plain = {key: value for key, value in self.resolved().items() if key != "paths" and (not sections or key in sections)}
         if "data" in plain:
             plain["data"] = {k: v for k, v in plain["data"].items() if k not in ("images", "labels", "workers", "scheduler")}
+        if "evaluate" in plain:
+            plain["evaluate"] = {k: v for k, v in plain["evaluate"].items() if k != "workers"}
         if "train" in plain:
             plain["train"] = {k: v for k, v in plain["train"].items() if k != "start"}  # its content counts, not its place
         if "texture" in plain:
@@ -307,7 +323,7 @@ def _parse_override(text: str) -> tuple[str, Any]:
 
 
 def _path_keys() -> set[str]:
-    return {f"paths.{name}" for name in PathsConfig.model_fields} | {"data.images", "data.labels", "train.start"}
+    return {f"paths.{name}" for name in PathsConfig.model_fields} | {"data.images", "data.labels", "train.start", "evaluate.pairs"}
 
 
 def _refuse_unknown(keys: Iterable[str], *, source: str) -> None:

@@ -28,8 +28,8 @@ from backend import artifacts
 from backend.config import Config, load_config
 from backend.imaging import masks
 from backend.training import checkpoints, train_stage2
+from backend.training.candidate import rebuilt
 from backend.training.evaluate import Evaluator
-from backend.training.export_model import rebuilt
 from backend.training.models.texture_encoder import load_texture_encoder
 from backend.training.stage2_files import PREFIX, texture_encoder_path
 from backend.tryon.painter import Painter

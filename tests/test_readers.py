@@ -19,16 +19,20 @@ from backend.training.models.stage2_unet import HairInpaintingUNet, load_start
 from backend.training.models.texture_encoder import new_encoder
 
 
-def test_curl_is_read_where_there_is_hair_and_nowhere_else() -> None:
+@pytest.mark.parametrize(("label", "classes"), [("curl", 4), ("volume", 3)])
+def test_texture_is_read_where_there_is_hair_and_nowhere_else(label: readers.Label, classes: int) -> None:
     encoder = new_encoder((1, 1, 1, 1), dropout=0.0, seed=3).eval()
     rng = np.random.default_rng(0)
     pictures = [rng.integers(0, 256, (96, 96, 3), dtype=np.uint8) for _ in range(3)]
     hair = [np.zeros((96, 96), np.uint8) for _ in range(3)]
     hair[0][20:70, 30:60] = hair[2][10:50, 10:80] = 255
-    found = readers.read_curl(encoder, pictures, hair, 64)
-    assert found[1] == -1 and set(found[[0, 2]]) <= {0, 1, 2, 3}
-    behind = [np.where(mask[..., None] > 0, picture, 9).astype(np.uint8) for picture, mask in zip(pictures, hair, strict=True)]
-    assert (readers.read_curl(encoder, behind, hair, 64) == found).all()  # the background says nothing
+    found = readers.read_texture(encoder, pictures, hair, 64, label, patch=32)
+    assert found[1] == -1 and set(found[[0, 2]]) <= set(range(classes))
+    one = readers.read_texture(encoder, pictures[2:], hair[2:], 64, label, patch=32)
+    assert one[0] == found[2]  # whatever else is in the batch
+    if label == "curl":
+        behind = [np.where(mask[..., None] > 0, picture, 9).astype(np.uint8) for picture, mask in zip(pictures, hair, strict=True)]
+        assert (readers.read_texture(encoder, behind, hair, 64, label) == found).all()  # the background says nothing
 
 
 def test_the_percentile_is_of_different_people_only() -> None:
@@ -41,15 +45,19 @@ def test_the_percentile_is_of_different_people_only() -> None:
 def _figures() -> dict[str, Any]:
     """Figures that pass the evidence profile."""
     gains = {"lpips_gain": 0.1, "lpips_gain_ci": [0.05, 0.15], "masked_psnr_gain": 3.0, "masked_psnr_gain_ci": [2.0, 4.0]}
+    colour = {"hair_color_delta_e": 20.0, "hair_color_delta_e_ci": [18.0, 22.0]}
     return {
         "outside_max_abs_diff": 0, "lpips": 0.1, "masked_psnr": 20.0, "hair_color_delta_e": 8.0, "hair_color_delta_e_ci": [7.0, 9.0],
+        "hair_length_error": 0.4, "hair_length_error_ci": [0.3, 0.5], "failure_rate": 0.02, "failure_rate_ci": [0.0, 0.05],
         "curl_agreement": 0.7, "curl_agreement_ci": [0.6, 0.8], "identity_kept": 1.0, "identity_kept_ci": [1.0, 1.0], "identity_different_people_p95": 0.2,
-        "ceiling_vae": {"curl_agreement": 0.8, "curl_agreement_ci": [0.7, 0.9]},
+        "ceiling_vae": {"curl_agreement": 0.8, "curl_agreement_ci": [0.7, 0.9], "lpips": 0.04, "masked_psnr": 25.0,
+                        "masked_psnr_gain": -5.0, "masked_psnr_gain_ci": [-6.0, -4.0]},
         "baselines": {
-            "no_op": {"hair_color_delta_e": 20.0, "hair_color_delta_e_ci": [18.0, 22.0]},
-            "shuffled_reference": {"hair_color_delta_e": 20.0, "hair_color_delta_e_ci": [18.0, 22.0], "curl_agreement": 0.3,
-                                   "curl_agreement_ci": [0.2, 0.4]},
-            "bald": dict(gains), "no_conditioning": dict(gains),
+            "no_op": dict(colour),
+            "shuffled_reference": {**colour, **gains, "curl_agreement": 0.3, "curl_agreement_ci": [0.2, 0.4]},
+            "bald": {**colour, **gains, "lpips": 0.4, "masked_psnr": 11.0},
+            "no_conditioning": dict(gains), "crop_paste": dict(gains),
+            "colour_transfer": {"hair_length_error": 0.9, "hair_length_error_ci": [0.7, 1.1]},
         },
     }  # fmt: skip
 
@@ -69,6 +77,14 @@ def test_the_evidence_profile_passes_good_figures() -> None:
         (("baselines", "shuffled_reference", "curl_agreement_ci"), [0.2, 0.61], "curl"),
         (("baselines", "bald", "lpips_gain_ci"), [-0.01, 0.2], "bald"),
         (("baselines", "no_conditioning", "masked_psnr_gain_ci"), [0.0, 1.0], "no_conditioning"),
+        (("baselines", "crop_paste", "lpips_gain_ci"), [-0.1, 0.1], "crop_paste"),
+        (("baselines", "shuffled_reference", "lpips_gain_ci"), [-0.1, 0.1], "LPIPS against shuffled_reference"),
+        (("baselines", "colour_transfer", "hair_length_error_ci"), [0.45, 1.1], "length"),
+        (("failure_rate_ci",), [0.11, 0.3], "no face"),
+        (("lpips",), 0.35, "way from the bald image"),
+        (("masked_psnr",), 13.0, "way from the bald image"),
+        (("lpips",), float("nan"), "way from the bald image"),
+        (("ceiling_vae", "masked_psnr_gain_ci"), [0.1, 0.3], "given its answer"),
     ],
 )
 def test_each_failing_figure_is_named(place: tuple[str, ...], value: object, word: str) -> None:
@@ -77,6 +93,8 @@ def test_each_failing_figure_is_named(place: tuple[str, ...], value: object, wor
     for name in place[:-1]:
         holder = holder[name]
     holder[place[-1]] = value
+    if place == ("failure_rate_ci",):
+        figures["failure_rate"] = 0.2
     verdict = gate.decide(figures, GateConfig(profile="evidence"))["evidence"]
     assert not verdict["passed"] and any(word in reason for reason in verdict["reasons"])
 
@@ -88,11 +106,40 @@ def test_lost_identities_are_noted_and_close_the_gate_when_most_are_lost() -> No
     assert not many["passed"] and "recognised" in many["reasons"][0]
 
 
+def test_failures_above_the_cap_that_may_be_chance_are_noted() -> None:
+    figures = {**_figures(), "failure_rate": 0.15, "failure_rate_ci": [0.02, 0.3]}
+    verdict = gate.decide(figures, GateConfig(profile="evidence"))["evidence"]
+    assert verdict["passed"] and "15.0%" in verdict["notes"][0]
+
+
+@pytest.mark.parametrize(("name", "gain", "passed"), [("lpips", -0.009, True), ("lpips", -0.02, False), ("masked_psnr", -0.4, False), ("hair_color_delta_e", -0.6, False), ("lpips", float("nan"), False)])  # fmt: skip
+def test_a_model_that_is_worse_than_the_deployed_one_is_refused_by_both_profiles(name: str, gain: float, passed: bool) -> None:
+    theirs = {
+        "lpips": 0.08,
+        "lpips_gain": 0.0,
+        "masked_psnr": 21.0,
+        "masked_psnr_gain": 0.0,
+        "hair_color_delta_e": 7.0,
+        "hair_color_delta_e_gain": 0.0,
+    }
+    figures = {**_figures(), "masked_psnr": 26.0, "deployed": {**theirs, f"{name}_gain": gain}}
+    figures["ceiling_vae"] |= {"masked_psnr": 30.0}
+    for profile in ("design", "evidence"):
+        verdict = gate.decide(figures, GateConfig(profile=profile))[profile]
+        assert verdict["passed"] == passed
+        assert passed or "worse than the deployed model's" in verdict["reasons"][0]
+
+
+def test_a_comparison_that_could_not_be_made_is_noted() -> None:
+    verdict = gate.decide({**_figures(), "deployed_not_compared": "the same weights"}, GateConfig(profile="evidence"))
+    assert verdict["passed"] and any("the same weights" in note for note in verdict["design"]["notes"])
+
+
 def test_curl_is_not_judged_where_the_vae_removes_it() -> None:
     figures = copy.deepcopy(_figures())
     figures |= {"curl_agreement": 0.3, "curl_agreement_ci": [0.2, 0.4]}
     assert not gate.decide(figures, GateConfig(profile="evidence"))["passed"]
-    figures["ceiling_vae"] = {"curl_agreement": 0.35, "curl_agreement_ci": [0.3, 0.4]}
+    figures["ceiling_vae"] |= {"curl_agreement": 0.35, "curl_agreement_ci": [0.3, 0.4]}
     verdict = gate.decide(figures, GateConfig(profile="evidence"))["evidence"]
     assert verdict["passed"] and "not judged" in verdict["notes"][0]
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from texture_set import one_thread  # noqa: F401 (fixtures)
 from torch import Tensor, nn
 
 from backend.training.models.supcon import UNKNOWN, Labels, masked_cross_entropy, supcon_loss
+from tests.texture_set import one_thread  # noqa: F401 (fixtures)
 
 
 def slow_supcon(z: Tensor, classes: list[int], groups: list[int], temperature: float) -> Tensor:

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from texture_set import LAYERS, ROOT, configured, few, one_thread, own, root, world, write_set, write_start  # noqa: F401 (fixtures)
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 
@@ -35,6 +34,7 @@ from backend.training.texture_data import (
     to_unit,
 )
 from backend.training.texture_predict import predict
+from tests.texture_set import LAYERS, ROOT, configured, few, one_thread, own, root, world, write_set, write_start  # noqa: F401 (fixtures)
 
 
 @pytest.fixture(scope="module")

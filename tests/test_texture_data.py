@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from texture_set import draw_patch, one_thread, world  # noqa: F401 (fixtures)
 
 from backend import artifacts
 from backend.errors import InvalidArtifactError, MissingInputError
@@ -25,6 +24,7 @@ from backend.training.texture_data import (
     read_patch_tables,
     to_unit,
 )
+from tests.texture_set import draw_patch, one_thread, world  # noqa: F401 (fixtures)
 
 
 def test_tables_hold_what_stage_0_wrote(world: Path) -> None:

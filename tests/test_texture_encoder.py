@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from texture_set import LAYERS, one_thread, world  # noqa: F401 (fixtures)
 from torch import nn
 
 from backend.errors import InvalidArtifactError
 from backend.training.models.texture_encoder import EMBEDDING, TextureEncoder, blocks_of, new_encoder
+from tests.texture_set import LAYERS, one_thread, world  # noqa: F401 (fixtures)
 
 
 def test_shapes_and_pooling() -> None:

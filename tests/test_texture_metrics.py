@@ -7,11 +7,11 @@ import math
 
 import numpy as np
 import pytest
-from texture_set import one_thread  # noqa: F401 (fixtures)
 
 from backend.training.models.supcon import UNKNOWN
 from backend.training.texture_metrics import balanced_accuracy, by_photo, score
 from backend.training.texture_report import tsne
+from tests.texture_set import one_thread  # noqa: F401 (fixtures)
 
 
 def test_scores_of_a_hand_computed_case() -> None:

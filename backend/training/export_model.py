@@ -16,17 +16,19 @@ if __name__ == "__main__" and not __package__:  # run as a file: the checkout mu
 import argparse
 import hashlib
 import logging
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from backend import artifacts, console, weights
 from backend.config import Config
 from backend.errors import DeepHairError, InvalidArtifactError, MissingInputError, require_all
-from backend.training import checkpoints, results
+from backend.training import candidate, checkpoints, results
 from backend.training.stage2_files import PREFIX, require_texture_encoder, texture_encoder_path
+
+if TYPE_CHECKING:
+    from backend.training.evaluate import Evaluation
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +42,9 @@ class GateClosedError(DeepHairError):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What export takes beside the shared arguments."""
     parser.add_argument("--force", metavar="REASON", default="", help="deploy even if the gate fails; the reason is recorded in the bundle")
+    parser.add_argument("--rollback", action="store_true", help="bring the previously deployed model back; a second time undoes it")
+    parser.add_argument("--diffusers", metavar="FOLDER", default="", help="write the deployed UNet as a diffusers folder")
+    parser.add_argument("--single-file", metavar="FILE", default="", help="write the deployed UNet as one file with the original SDXL keys")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,8 +59,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def verb(arguments: console.StageArguments) -> int:
-    """``deephair export``: exit code 0 when the model was deployed, 1 when the gate refused it."""
+    """``deephair export``: exit code 0 when the model was deployed, 1 when the gate refused it.
+
+    With ``--rollback``, ``--diffusers`` or ``--single-file`` nothing is measured: they work on what is deployed.
+    """
     config = with_force(arguments.config, getattr(arguments.rest, "force", ""))
+    elsewhere = _elsewhere(arguments)
+    if elsewhere:
+        console.print_result(elsewhere)
+        return console.DONE
     if arguments.dry_run:
         console.print_result(
             {"checkpoint": newest_checkpoint(config).name, "target": str(config.paths.bundle), "gate": config.gate.profile}
@@ -67,8 +79,33 @@ def verb(arguments: console.StageArguments) -> int:
     return console.DONE
 
 
+def _elsewhere(arguments: console.StageArguments) -> dict[str, Any]:
+    """What ``export`` does with the deployed model besides replacing it; empty when nothing of that was asked for."""
+    config, rest = arguments.config, arguments.rest
+    asked = {name: getattr(rest, name, "") for name in ("rollback", "diffusers", "single_file")}
+    if not any(asked.values()):
+        return {}
+    if arguments.dry_run:
+        return {"would": {name: value for name, value in asked.items() if value}, "deployed": str(config.paths.bundle)}
+    from backend.training import deploy, unet_export  # late, like all that needs torch
+    from backend.training.models.bundle import load_bundle
+
+    done: dict[str, Any] = deploy.rollback(config) if asked["rollback"] else {}
+    if asked["diffusers"] or asked["single_file"]:
+        bundle = load_bundle(config.paths.bundle)
+        if asked["diffusers"]:
+            done["diffusers"] = str(unet_export.write_diffusers(bundle, Path(asked["diffusers"])))
+        if asked["single_file"]:
+            path = Path(asked["single_file"])
+            done["single_file"] = {"path": str(path), "sha256": unet_export.write_single_file(bundle, path)}
+    return done
+
+
 def evaluate_verb(arguments: console.StageArguments) -> int:
-    """``deephair evaluate``: measures the newest checkpoint, or the deployed bundle where there is no checkpoint; deploys nothing."""
+    """``deephair evaluate``: measures the newest checkpoint, or the deployed bundle where there is no checkpoint; deploys nothing.
+
+    Writes ``evaluation.json``, ``pairs.json`` and ``samples.json`` into ``{paths.report}/evaluate/``.
+    """
     from backend.training.evaluate import Evaluator
     from backend.training.gate import decide
 
@@ -77,9 +114,20 @@ def evaluate_verb(arguments: console.StageArguments) -> int:
     if arguments.dry_run:
         console.print_result({"model": name, "split": config.evaluate.split, "samples": config.evaluate.samples})
         return console.DONE
-    figures = Evaluator(config, painter).run().figures
-    console.print_result({"model": name, "evaluation": figures, "gate": decide(figures, config.gate)})
+    evaluation = Evaluator(config, painter).run()
+    found = {"model": name, "evaluation": evaluation.figures, "gate": decide(evaluation.figures, config.gate)}
+    folder = config.paths.report / "evaluate"
+    _write_pairs(folder, evaluation)
+    artifacts.write_json(folder / "evaluation.json", found)
+    console.print_result(found)
     return console.DONE
+
+
+def _write_pairs(folder: Path, evaluation: Evaluation) -> None:
+    from backend.training.figures import as_json
+
+    artifacts.write_json(folder / "pairs.json", evaluation.pairs)
+    artifacts.write_json(folder / "samples.json", {kind: as_json(records) for kind, records in evaluation.records.items()})
 
 
 def _painter_to_measure(config: Config) -> tuple[Any, str]:
@@ -90,7 +138,9 @@ def _painter_to_measure(config: Config) -> tuple[Any, str]:
     checkpoint = checkpoints.newest(config.paths.checkpoints, PREFIX)
     if checkpoint is not None:
         _check_inputs(config)
-        return Painter(rebuilt(checkpoint), load_texture_encoder(texture_encoder_path(config)), config), checkpoint.weights_path.name
+        return Painter(
+            candidate.rebuilt(checkpoint), load_texture_encoder(texture_encoder_path(config)), config
+        ), checkpoint.weights_path.name
     if config.paths.bundle.is_file():
         return Painter.of_bundle(load_bundle(config.paths.bundle), config), config.paths.bundle.name
     raise MissingInputError(
@@ -179,9 +229,10 @@ def _finished(config: Config, digest: str) -> dict[str, Any] | None:
 
 def _export(config: Config, digest: str) -> dict[str, Any]:
     from backend.training import export_report  # late, like all that needs torch
+    from backend.training.deploy import deploy
     from backend.training.evaluate import Evaluator
     from backend.training.gate import decide
-    from backend.training.models.bundle import load_bundle, write_bundle
+    from backend.training.models.bundle import check_networks, load_bundle, write_bundle
     from backend.training.models.texture_encoder import load_texture_encoder
     from backend.tryon.painter import Painter
 
@@ -190,29 +241,39 @@ def _export(config: Config, digest: str) -> dict[str, Any]:
     if checkpoint is None:
         raise InvalidArtifactError(f"no checkpoint in {config.paths.checkpoints} is whole", hint="train again; see the warnings above")
     logger.info("evaluating %s", checkpoint.weights_path.name)
-    model, encoder = rebuilt(checkpoint), load_texture_encoder(texture_encoder_path(config))
+    model, encoder = candidate.rebuilt(checkpoint), load_texture_encoder(texture_encoder_path(config))
+    try:
+        check_networks(model, encoder)
+    except InvalidArtifactError as error:
+        raise GateClosedError(
+            f"the gate refused the model before it was measured: {error}", hint="what was deployed before stays; train again"
+        ) from error
     painter = Painter(model, encoder, config)
-    evaluation = Evaluator(config, painter).run()
+    deployed_before, why_not = candidate.deployed_model(config, model, encoder)
+    evaluation = Evaluator(config, painter).run(deployed_before)
+    if why_not:
+        evaluation.figures["deployed_not_compared"] = why_not
     gate = decide(evaluation.figures, config.gate)
     stages = {"prepare": results.read(config, "prepare"), "texture": _texture_result(config), "train": results.read(config, "train")}
     environment = results.environment(config)
-    header = _header(config, checkpoint.header, evaluation.figures, gate, environment)
-    candidate = config.paths.models / f".candidate.safetensors{artifacts.TMP_SUFFIX}"
+    header = candidate.header(config, checkpoint.header, evaluation.figures, gate, environment)
+    file = config.paths.models / f".candidate.safetensors{artifacts.TMP_SUFFIX}"
     try:
-        write_bundle(candidate, painter.sampler.model.cpu(), encoder.cpu(), header)
-        _compare(painter, Painter.of_bundle(load_bundle(candidate), config), evaluation, config)
+        write_bundle(file, painter.sampler.model.cpu(), encoder.cpu(), header)
+        candidate.require_equal(painter, Painter.of_bundle(load_bundle(file), config), evaluation.transfer.first[0].scene, config)
         deployed = None
         if gate["passed"] or gate["forced"]:
-            deploy(candidate, config.paths.bundle)
+            deploy(file, config.paths.bundle)
             deployed = {"path": results.shown_path(config.paths.bundle), "sha256": artifacts.sha256_file(config.paths.bundle)}
     finally:
-        candidate.unlink(missing_ok=True)
+        file.unlink(missing_ok=True)
     stages["export"] = {"seconds": round(time.monotonic() - start, 3)}
     summary = {
         "run": digest, "stages": stages, "evaluation": evaluation.figures, "gate": gate, "deployed": deployed, "environment": environment,
         "checkpoint": checkpoint.weights_path.name, "config": config.name,
     }  # fmt: skip
     artifacts.write_json(config.paths.report / "config.json", config.resolved())
+    _write_pairs(config.paths.report, evaluation)
     export_report.write(config, summary, evaluation)
     artifacts.write_json(config.paths.report / "summary.json", summary)  # last: it says that the rest is there
     return summary
@@ -226,61 +287,3 @@ def _texture_result(config: Config) -> dict[str, Any]:
     path = config.paths.checkpoints / METRICS
     found = summary(artifacts.read_json(path), skipped=True) if path.is_file() else {}
     return {key: found.get(key) for key in keys}
-
-
-def rebuilt(checkpoint: checkpoints.Checkpoint) -> Any:
-    """The network of a Stage 2 checkpoint, in eval mode."""
-    from backend.training.models.stage2_unet import HairInpaintingUNet, empty_unet
-
-    model = HairInpaintingUNet(empty_unet(checkpoint.header["unet_config"]), int(checkpoint.header["style_tokens"]))
-    model.unet.to(checkpoint.weights["unet.conv_in.weight"].dtype)
-    model.load_state_dict(checkpoint.weights)
-    return model.eval().requires_grad_(False)
-
-
-def _header(
-    config: Config, trained: dict[str, Any], figures: dict[str, Any], gate: dict[str, Any], environment: dict[str, Any]
-) -> dict[str, Any]:
-    base = weights.files(config.paths.weights, "inpainting")
-    unet = next(path for path in base if path.parent.name == "unet" and path.suffix == ".safetensors")
-    metadata = config.paths.processed / "metadata.jsonl"
-    return {
-        "name": "deep_hair_v1",
-        "step": trained["step"],
-        "resolution": config.data.resolution,
-        "identity_model": config.identity_model,
-        "base": {"name": environment["weights"].get("inpainting", ""), "sha256": artifacts.sha256_file(unet)},
-        "config": config.resolved(),
-        "config_digest": config.digest(),
-        "data_digest": artifacts.sha256_file(metadata),
-        "metrics": figures,
-        "gate": gate,
-        "git_commit": environment["git_commit"],
-        "weights": environment["weights"],
-        "miniature": weights.is_miniature(config.paths.weights),
-        "licences": {part.name: part.licence for part in weights.PARTS},
-    }
-
-
-def _compare(ours: Any, reloaded: Any, evaluation: Any, config: Config) -> None:
-    """Paints one head with the live and the reloaded networks at one seed: they must agree bit by bit."""
-    import torch
-
-    from backend.tryon.painter import PaintRequest
-
-    ours.sampler.model.to(next(reloaded.sampler.model.parameters()).device)
-    request = PaintRequest(evaluation.transfer[0].head, None, None, "", 0)
-    first, second = (painter.paint([request], steps=2, guidance=config.evaluate.guidance) for painter in (ours, reloaded))
-    if not torch.equal(first, second):
-        difference = float((first - second).abs().max())
-        raise InvalidArtifactError(f"the reloaded bundle paints another picture than the trained model (largest difference {difference:g})")
-
-
-def deploy(candidate: Path, target: Path) -> None:
-    """Puts a checked bundle in place of the deployed one, which is kept as ``*.previous.safetensors``. At every moment the target is
-    whole, the old one or the new."""
-    if target.is_file():
-        with artifacts.replacing(target.with_name(f"{target.stem}.previous.safetensors")) as spare:
-            os.link(target, spare)
-    candidate.replace(target)
-    artifacts.sync_folder(target.parent)

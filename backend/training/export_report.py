@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
@@ -13,36 +14,57 @@ from backend import artifacts
 from backend.config import Config
 from backend.imaging.decode import write_png
 from backend.training import html
-from backend.training.evaluate import Evaluation, Result
+from backend.training.evaluate import BASELINES, HOLD_THE_TRUTH, Evaluation, Result
+from backend.training.figures import BY_NAME, FIGURES, Figure
 from backend.training.stage2_files import log_rows
+
+_TITLES = {
+    "no_op": "unchanged photo", "bald": "bald image", "crop_paste": "crop and paste", "colour_transfer": "colour transfer",
+    "shuffled_reference": "shuffled reference", "no_conditioning": "no conditioning", "deployed": "deployed before",
+    "ceiling_vae": "VAE alone", "ceiling_reference": "reference itself",
+}  # fmt: skip
+_SLICED = {"transfer": ("hair_color_delta_e", "curl_agreement", "identity_kept"), "reconstruction": ("lpips", "masked_psnr", "ssim")}
 
 
 def write(config: Config, summary: dict[str, Any], evaluation: Evaluation) -> None:
     """Writes ``index.html`` (one file, nothing loaded from outside) and ``pictures.png`` into ``paths.report``."""
-    shown = config.evaluate.pictures
+    figures = summary["evaluation"]
     parts = [
         _verdict(summary),
         _weights(summary),
+        _links(),
         "<h2>Figures</h2>",
-        _figures(summary["evaluation"]),
+        _legend(figures),
+        *(_table(figures, protocol) for protocol in ("transfer", "preservation", "reconstruction")),
+        _absent(figures),
+        _published(figures),
         "<h2>Transfer: another person's hair</h2><p>The prompt says nothing of hair; only the reference photo speaks.</p>",
-        *(_row(result, "result") for result in evaluation.transfer[:shown]),
-        "<h2>Reconstruction: the same head from another view</h2><p>Here the target's own photo is the truth.</p>",
-        *(_row(result, "result") for result in evaluation.reconstruction[:shown]),
+        *map(_row, evaluation.transfer.first),
+        "<h2>Reconstruction: the same head from another view</h2><p>The target's own photo is the truth.</p>",
+        *map(_row, evaluation.reconstruction.first),
+        "<h2>The worst results</h2>",
+        "<p>Those furthest from the reference's colour, then those furthest from the truth by LPIPS.</p>",
+        *(_row(result, figure=kept.figure) for kept in (evaluation.transfer, evaluation.reconstruction) for result in kept.worst),
+        "<h2>Slices</h2><p>What small groups show can be chance: look at the counts and the intervals.</p>",
+        *(_slices(figures, kind) for kind in _SLICED),
         "<h2>How it was made</h2>",
         _stages(summary["stages"]),
-        _curve(config),
+        *_curves(config),
         html.details("environment", json.dumps(summary["environment"], indent=2)),
         html.details("configuration", json.dumps(config.resolved(), indent=2)),
     ]
     page = html.page("DeepHair: evaluation", parts, lead=f"Configuration {config.name}, checkpoint {summary['checkpoint']}.")
     artifacts.write_text(config.paths.report / "index.html", page)
-    write_png(config.paths.report / "pictures.png", picture_sheet(evaluation.transfer[: min(shown, 6)]))
+    write_png(config.paths.report / "pictures.png", picture_sheet(evaluation.transfer.first[:6]))
 
 
-def picture_sheet(results: list[Result]) -> NDArray[np.uint8]:
+def picture_sheet(results: Sequence[Result]) -> NDArray[np.uint8]:
     """Rows of target, reference, bald, result as one picture (rows * S, 4 * S, 3) uint8 RGB."""
-    return np.vstack([np.hstack([r.target.photo, r.reference.photo, r.head.bald, r.picture]) for r in results])
+    scenes = [(r.scene.target.photo, r.scene.reference.photo, r.scene.head.bald, r.view.picture) for r in results]
+    return np.vstack([np.hstack(pictures) for pictures in scenes])
+
+
+# ---- words ----
 
 
 def _verdict(summary: dict[str, Any]) -> str:
@@ -58,8 +80,9 @@ def _verdict(summary: dict[str, Any]) -> str:
     for profile in ("design", "evidence"):
         verdict = gate[profile]
         mark = '<span class="good">passed</span>' if verdict["passed"] else '<span class="bad">not passed</span>'
-        reasons = "".join(f"<li>{escape(text)}</li>" for text in (*verdict["reasons"], *verdict["notes"]))
-        lines.append(f"<p>Profile {profile}: {mark}</p>" + (f"<ul>{reasons}</ul>" if reasons else ""))
+        reasons = "".join(f"<li>{escape(text)}</li>" for text in verdict["reasons"])
+        notes = "".join(f"<li>noted: {escape(text)}</li>" for text in verdict["notes"])
+        lines.append(f"<p>Profile {profile}: {mark}</p>" + (f"<ul>{reasons}{notes}</ul>" if reasons or notes else ""))
     return f'<div class="verdict {kind}">{"".join(lines)}</div>'
 
 
@@ -71,63 +94,77 @@ def _weights(summary: dict[str, Any]) -> str:
     return note + html.details("pretrained parts", "\n".join(f"{name}: {text}" for name, text in sorted(used.items())))
 
 
-def _figures(figures: dict[str, Any]) -> str:
-    base = figures["baselines"]
-    n, pairs = figures["samples_reconstruction"], figures["samples"]
-    bald, nothing, ceiling = base["bald"], base["no_conditioning"], figures["ceiling_vae"]
-    rows = [
-        [what, _shown(figures, name), f"bald image {_shown(bald, name)}", f"no conditioning {_shown(nothing, name)}",
-         f"VAE alone {_shown(ceiling, name)}", n]
-        for what, name in (("LPIPS, reconstruction (lower is better)", "lpips"), ("PSNR in the hair, reconstruction, dB (higher)", "masked_psnr"))
-    ]  # fmt: skip
-    transfer = [("hair colour difference, transfer, CIEDE2000 (lower)", "hair_color_delta_e")]
-    transfer += [("curl class as in the reference, transfer (higher)", "curl_agreement")] if "curl_agreement" in figures else []
-    for what, name in transfer:
-        at_best = f"reference photo after the VAE {_shown(figures['ceiling_vae'], name)}"
-        if name in figures["ceiling_reference"]:
-            at_best += f", itself {_shown(figures['ceiling_reference'], name)}"
-        no_op, shuffled = (
-            f"{text} {_shown(base[key], name)}"
-            for key, text in (("no_op", "unchanged photo"), ("shuffled_reference", "shuffled reference"))
-        )
-        rows.append([what, _shown(figures, name), no_op, shuffled, at_best, pairs])
-    if "identity_kept" in figures:
-        people = f"different people, 95th percentile {figures['identity_different_people_p95']:.3f}"
-        rows.append(
-            [
-                "identity similarity of target and result",
-                _shown(figures, "identity_similarity"),
-                people,
-                "",
-                "",
-                figures["identity_samples"],
-            ]
-        )
-        rows.append(["results above that percentile", _shown(figures, "identity_kept"), "", "", "", figures["identity_samples"]])
-    rows.append(["largest change outside the mask (must be 0)", figures["outside_max_abs_diff"], "", "", "", pairs + n])
-    table = html.table(["figure", "ours", "baseline", "second baseline", "at best", "samples"], rows)
-    note = (
-        f"Means with 95 % bootstrap intervals over {figures['heads']} heads of the {figures['split']} split; "
-        f"LPIPS backbone: {figures['lpips_backbone']}. {figures['protocol']}."
+def _links() -> str:
+    names = {"summary.json": "summary", "samples.json": "every pair's figures", "pairs.json": "the pairs", "config.json": "configuration"}
+    return '<p class="soft">As JSON: ' + ", ".join(f'<a href="{file}">{name}</a>' for file, name in names.items()) + "</p>"
+
+
+def _legend(figures: dict[str, Any]) -> str:
+    text = (
+        f"Means with 95 % bootstrap intervals over {figures['heads']} heads of the {figures['split']} split, {figures['samples']} transfer and "
+        f"{figures['samples_reconstruction']} reconstruction pairs at {figures['picture_side']} px; LPIPS backbone: {figures['lpips_backbone']}. "
+        f"{figures['protocol']}. Arrows say which way is better."
     )
-    return f'{table}<p class="soft">{escape(note)}</p>'
+    return f'<p class="soft">{escape(text)}</p>'
+
+
+def _absent(figures: dict[str, Any]) -> str:
+    if not figures["absent"]:
+        return ""
+    listed = "".join(
+        f"<li>{escape(BY_NAME[name].title)}: {escape(reason)}</li>" for name, reason in sorted(figures["absent"].items()) if name in BY_NAME
+    )
+    return f"<p>Left out:</p><ul>{listed}</ul>"
+
+
+def _published(figures: dict[str, Any]) -> str:
+    published = figures.get("published")
+    if not published:
+        return ""
+    names = [name for name in published if name != "source"]
+    rows = [[BY_NAME[name].title, _shown(figures, name), f"{published[name]:g}"] for name in names]
+    short = "" if figures["samples"] >= figures["samples_wanted"] else "Fewer pairs than the protocol asks for: not comparable. "
+    return f"<h3>Beside published figures</h3>{html.table(['figure', 'ours', 'published'], rows)}<p class='soft'>{escape(short + published['source'])}</p>"
+
+
+# ---- tables ----
+
+
+def _table(figures: dict[str, Any], protocol: str) -> str:
+    """One protocol's table: a row per method, a column per figure that was measured."""
+    wanted = [figure for figure in FIGURES if figure.protocol == protocol and figure.name in figures]
+    methods = {"ours": figures, **{name: figures["baselines"][name] for name in BASELINES}}
+    methods |= {name: figures[name] for name in ("deployed", "ceiling_vae", "ceiling_reference") if name in figures}
+    rows = []
+    for name, values in methods.items():
+        if any(figure.name in values for figure in wanted):
+            mark = " (holds the truth)" if protocol == "reconstruction" and name in HOLD_THE_TRUTH else ""
+            rows.append([_TITLES.get(name, name) + mark, *(_shown(values, figure.name) for figure in wanted)])
+    note = f'<p class="soft">Largest change outside the mask, which must be 0: {figures["outside_max_abs_diff"]}.</p>'
+    titles = [f"{figure.title} {_arrow(figure)}" for figure in wanted]
+    return f"<h3>{protocol.capitalize()}</h3>{html.table([protocol, *titles], rows)}{note if protocol == 'preservation' else ''}"
+
+
+def _arrow(figure: Figure) -> str:
+    return "↑" if figure.better > 0 else "↓"
 
 
 def _shown(values: dict[str, Any], name: str) -> str:
-    low, high = values[f"{name}_ci"]
-    return f"{values[name]:.3f} [{low:.3f}, {high:.3f}]"
+    if name not in values:
+        return ""
+    interval = values.get(f"{name}_ci")
+    text = f"{values[name]:.3f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
+    return text + (f" (n {values[f'{name}_n']})" if f"{name}_n" in values else "")
 
 
-def _row(result: Result, title: str) -> str:
-    mask = (result.mask * 255).round().astype(np.uint8)
-    pictures = [
-        html.picture(result.target.photo, f"target {result.target.id}"),
-        html.picture(result.reference.photo, f"reference {result.reference.id}"),
-        html.picture(mask, "what may change"),
-        html.picture(result.head.bald, "hair taken out"),
-        html.picture(result.picture, title),
+def _slices(figures: dict[str, Any], kind: str) -> str:
+    names = [name for name in _SLICED[kind] if name in figures]
+    rows = [
+        [f"{slice_name}: {value}", found["pairs"], found["heads"], *(_shown(found, name) for name in names)]
+        for slice_name, values in figures["slices"][kind].items()
+        for value, found in values.items()
     ]
-    return html.row(pictures)
+    return f"<h3>{kind.capitalize()}</h3>{html.table([f'{kind} slice', 'pairs', 'heads', *(BY_NAME[n].title for n in names)], rows)}"
 
 
 def _stages(stages: dict[str, dict[str, Any]]) -> str:
@@ -142,19 +179,29 @@ def _text(value: object) -> str:
     return "not run here" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _curve(config: Config) -> str:
-    """The validation loss over the run as a small drawing."""
-    points = [(row["step"], row["validation_loss"]) for row in log_rows(config) if "validation_loss" in row]
-    if len(points) < 2:
-        return ""
-    steps, values = [p[0] for p in points], [p[1] for p in points]
-    low, high = min(values), max(values)
-    span, last = (high - low) or 1.0, steps[-1] or 1
-    line = " ".join(f"{20 + 560 * step / last:.1f},{20 + 120 * (high - value) / span:.1f}" for step, value in points)
-    return (
-        '<figure><svg viewBox="0 0 600 170" width="600" role="img" aria-label="validation loss over training steps" style="max-width:100%">'
-        f'<polyline points="{line}" fill="none" stroke="currentColor" stroke-width="2"/>'
-        f'<text x="20" y="14" font-size="12" fill="currentColor">{high:.4f}</text><text x="20" y="160" font-size="12" fill="currentColor">{low:.4f}</text>'
-        f'<text x="580" y="160" font-size="12" text-anchor="end" fill="currentColor">step {last}</text></svg>'
-        "<figcaption>validation loss: fixed photos, timesteps and noise, heads never trained on</figcaption></figure>"
-    )
+# ---- pictures ----
+
+
+def _row(result: Result, *, figure: str = "") -> str:
+    scene, view = result.scene, result.view
+    values = result.record.values["ours"]
+    said = f" ({BY_NAME[figure].title} {values[figure]:.3f})" if figure else ""
+    mask = np.zeros_like(view.hair) if view.mask is None else (view.mask * 255).round().astype(np.uint8)
+    pictures = [
+        html.picture(scene.target.photo, f"target {scene.target.id}" + (", the truth" if "lpips" in values else "")),
+        html.picture(scene.reference.photo, f"reference {scene.reference.id}"),
+        html.picture(mask, "what was changed"),
+        html.picture(scene.head.bald, "hair taken out"),
+        html.picture(view.picture, f"result{said}" + (f", failed: {view.failed}" if view.failed else "")),
+    ]
+    return html.row(pictures)
+
+
+def _curves(config: Config) -> list[str]:
+    """The losses of the run over its steps."""
+    rows = log_rows(config)
+    wanted = {
+        "loss": "training loss",
+        "validation_loss": "validation loss: fixed photos, timesteps and noise, heads never trained on",
+    }
+    return [html.curve(title, [(row["step"], row[key]) for row in rows if key in row]) for key, title in wanted.items()]

@@ -56,7 +56,9 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, numeric: 
     mark = ["", *[' class="n"' if numeric else ""] * (len(columns) - 1)]
     head = "".join(f'<th{m} scope="col">{escape(c)}</th>' for c, m in zip(columns, mark, strict=True))
     lines = "".join("<tr>" + "".join(f"<td{m}>{escape(str(v))}</td>" for v, m in zip(row, mark, strict=True)) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>'
+    # a table that is wider than a phone scrolls by itself, and can be scrolled by keyboard
+    inner = f"<table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>"
+    return f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(columns[0])}">{inner}</div>'
 
 
 def picture(image: NDArray[np.uint8], caption: str, *, side: int = 192) -> str:
@@ -70,6 +72,24 @@ def picture(image: NDArray[np.uint8], caption: str, *, side: int = 192) -> str:
     return (
         f'<figure><img src="data:image/jpeg;base64,{data}" alt="{escape(caption)}" width="{size[0]}" height="{size[1]}">'
         f"<figcaption>{escape(caption)}</figcaption></figure>"
+    )
+
+
+def curve(title: str, points: Sequence[tuple[float, float]]) -> str:
+    """A line over steps as a small drawing with its ends written out; nothing for fewer than two points. points: (step, value)."""
+    if len(points) < 2:
+        return ""
+    steps, values = [p[0] for p in points], [p[1] for p in points]
+    low, high = min(values), max(values)
+    span, first, last = (high - low) or 1.0, steps[0], steps[-1]
+    width = (last - first) or 1.0
+    line = " ".join(f"{20 + 560 * (s - first) / width:.1f},{24 + 116 * (high - v) / span:.1f}" for s, v in zip(steps, values, strict=True))
+    text = 'font-size="13" fill="currentColor"'
+    return (
+        f'<figure><svg viewBox="0 0 600 170" width="600" role="img" aria-label="{escape(title)}" style="max-width:100%;height:auto">'
+        f'<polyline points="{line}" fill="none" stroke="currentColor" stroke-width="2"/>'
+        f'<text x="20" y="15" {text}>{high:.4g}</text><text x="20" y="162" {text}>{low:.4g}</text>'
+        f'<text x="580" y="162" text-anchor="end" {text}>step {last:g}</text></svg><figcaption>{escape(title)}</figcaption></figure>'
     )
 
 

@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 
 from backend.imaging import crop, masks
 from backend.training.keyed import numpy_generator
-from backend.training.models.perceptual import PerceptualNet
+from backend.training.models.perceptual import LpipsNet
 from backend.tryon.conditioning import to_tensor
 
 Picture = NDArray[np.uint8]
 
 
-def lpips(network: PerceptualNet, pictures: Sequence[Picture], others: Sequence[Picture]) -> list[float]:
+def lpips(network: LpipsNet, pictures: Sequence[Picture], others: Sequence[Picture]) -> list[float]:
     """LPIPS (Zhang et al., arXiv 1801.03924) of whole pictures, (S, S, 3) uint8 RGB, at their own size; 0 for equal ones."""
     device = next(network.buffers()).device
     values: list[float] = []
@@ -27,6 +27,30 @@ def lpips(network: PerceptualNet, pictures: Sequence[Picture], others: Sequence[
             ours, theirs = (to_tensor(part[start : start + 8]).to(device) for part in (pictures, others))
             values += network.lpips(ours, theirs).cpu().tolist()
     return values
+
+
+def psnr(picture: Picture, truth: Picture) -> float:
+    """10 * log10(1 / MSE) over the whole picture, values scaled to [0, 1]; capped at 100 dB for equal pictures."""
+    return masked_psnr(picture, truth, np.full(picture.shape[:2], 255, np.uint8))
+
+
+def ssim(picture: Picture, truth: Picture, mask: Picture | None = None) -> float:
+    """SSIM (Wang et al., 2004) of RGB pictures: 11 px Gaussian window of sigma 1.5, mean over channels; 1 for equal ones.
+
+    mask: (S, S), only windows whose centre lies in it count; None: all that lie wholly inside the picture. The pictures themselves are
+    left as they are: filling what lies outside would make them agree there. Raises ValueError for a mask without a pixel.
+    """
+    from skimage.metrics import structural_similarity  # late: a slow import
+
+    _, windows = structural_similarity(
+        picture, truth, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=255, channel_axis=2, full=True
+    )
+    reach = 5  # half of the window
+    if mask is None:
+        return float(windows[reach:-reach, reach:-reach].mean())
+    if not mask.any():
+        raise ValueError("SSIM over an empty mask")
+    return float(windows[mask > 0].mean())
 
 
 def masked_psnr(picture: Picture, truth: Picture, mask: Picture) -> float:
@@ -71,6 +95,23 @@ def crown(hair: Picture, face_box: crop.Box | None) -> Picture:
     upper = hair.copy()
     upper[max(0, round(limit)) :] = 0
     return upper if (upper > 0).sum() >= 16 else hair
+
+
+def hair_length(hair: Picture, face_box: crop.Box | None) -> float | None:
+    """How far the hair hangs below the top of the face box, in heights of that box; None without a face or hair.
+
+    Its lowest place is the 98th percentile of the mask's rows, so that a speck does not decide. hair: (S, S) uint8 0/255.
+    """
+    rows = np.nonzero(hair)[0]
+    if face_box is None or not rows.size:
+        return None
+    return (float(np.percentile(rows, 98)) - face_box[1]) / max(face_box[3] - face_box[1], 1e-6)
+
+
+def cosine(a: NDArray[np.float32], b: NDArray[np.float32]) -> list[float]:
+    """The cosines of two stacks of vectors row by row, (N, D) each."""
+    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    return [float(value) for value in (a * b).sum(axis=1) / np.maximum(lengths, 1e-12)]
 
 
 def outside_max_abs_diff(picture: Picture, original: Picture, mask: NDArray[np.float32]) -> int:

@@ -42,7 +42,7 @@ class Bundle:
 
 def write_bundle(path: Path, model: HairInpaintingUNet, texture_encoder: TextureEncoder, header: Mapping[str, Any]) -> str:
     """Writes the bundle atomically and returns the file's sha256. ``header`` adds to what the networks say of themselves."""
-    tensors = {**model.state_dict(), **{f"texture_encoder.{name}": value for name, value in texture_encoder.state_dict().items()}}
+    tensors = tensors_of(model, texture_encoder)
     own = {
         "format": FORMAT,
         "content_sha256": content_digest(tensors),
@@ -51,6 +51,21 @@ def write_bundle(path: Path, model: HairInpaintingUNet, texture_encoder: Texture
         "texture_layers": list(texture_encoder.layers),
     }
     return artifacts.save_tensors(path, tensors, {**header, **own})
+
+
+def tensors_of(model: HairInpaintingUNet, texture_encoder: TextureEncoder) -> dict[str, torch.Tensor]:
+    """All tensors of a bundle by name: ``unet.*``, ``injector.*`` and ``texture_encoder.*``."""
+    return {**model.state_dict(), **{f"texture_encoder.{name}": value for name, value in texture_encoder.state_dict().items()}}
+
+
+def check_networks(model: HairInpaintingUNet, texture_encoder: TextureEncoder) -> None:
+    """Refuses networks that no bundle may hold, before hours are spent on measuring them.
+
+    Raises InvalidArtifactError for a UNet without 9 input channels or values that are not finite.
+    """
+    if model.unet.config.in_channels != CHANNELS:
+        raise InvalidArtifactError(f"the UNet takes {model.unet.config.in_channels} input channels, {CHANNELS} are needed")
+    _check_finite("the trained model", tensors_of(model, texture_encoder))
 
 
 def content_digest(tensors: Mapping[str, torch.Tensor]) -> str:
@@ -74,8 +89,7 @@ def load_bundle(path: Path) -> Bundle:
     _check_header(path, header)
     tensors = artifacts.load_tensors(path)
     model, encoder = _skeleton(path, header)
-    wanted = {**model.state_dict(), **{f"texture_encoder.{name}": value for name, value in encoder.state_dict().items()}}
-    _check_tensors(path, tensors, wanted)
+    _check_tensors(path, tensors, tensors_of(model, encoder))
     if content_digest(tensors) != header["content_sha256"]:
         raise InvalidArtifactError(f"{path}: the tensors do not match the hash in the header", hint="the file was changed; deploy it again")
     dtype = tensors["unet.conv_in.weight"].dtype
@@ -117,5 +131,10 @@ def _check_tensors(path: Path, tensors: Mapping[str, torch.Tensor], wanted: Mapp
     for name, tensor in tensors.items():
         if tensor.shape != wanted[name].shape:
             raise InvalidArtifactError(f"{path}: '{name}' has shape {tuple(tensor.shape)}, {tuple(wanted[name].shape)} is needed")
+    _check_finite(path, tensors)
+
+
+def _check_finite(owner: object, tensors: Mapping[str, torch.Tensor]) -> None:
+    for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise InvalidArtifactError(f"{path}: '{name}' holds values that are not finite")
+            raise InvalidArtifactError(f"{owner}: '{name}' holds values that are not finite")

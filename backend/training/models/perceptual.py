@@ -1,4 +1,4 @@
-"""The perceptual network that the Gram loss and LPIPS share: VGG16's convolutions with LPIPS' linear heads."""
+"""The perceptual networks: VGG16, which the Gram loss and LPIPS share, and AlexNet for LPIPS beside it."""
 
 from __future__ import annotations
 
@@ -15,17 +15,43 @@ _VGG16 = (2, 2, 3, 3, 3)  # convolutions per block; the features are the last ac
 _MEAN, _STD = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # lpips v0.1: ImageNet's statistics for inputs in [-1, 1]
 
 
-class PerceptualNet(nn.Module):
-    """The convolutions of VGG16 (arXiv 1409.1556) and the linear heads of LPIPS (arXiv 1801.03924, v0.1).
-
-    The widths are read from the weights, so the miniature's narrow network takes the same way as the real one. Frozen.
-    """
+class LpipsNet(nn.Module):
+    """What the LPIPS backbones share (arXiv 1801.03924, v0.1): inputs in [-1, 1], features, a linear head per feature. Frozen."""
 
     mean: torch.Tensor
     std: torch.Tensor
 
-    def __init__(self, widths: tuple[int, ...] = (64, 128, 256, 512, 512)) -> None:
+    def __init__(self, widths: tuple[int, ...]) -> None:
         super().__init__()
+        self.heads = nn.ParameterList([nn.Parameter(torch.zeros(1, width, 1, 1)) for width in widths])
+        self.register_buffer("mean", torch.tensor(_MEAN).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(_STD).view(1, 3, 1, 1))
+
+    def features(self, image: torch.Tensor) -> list[torch.Tensor]:
+        """The feature maps of (B, 3, H, W) in [-1, 1], one per head."""
+        raise NotImplementedError
+
+    def lpips(self, image: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        """LPIPS of pictures in [-1, 1], (B, 3, H, W) each -> (B,)."""
+        return self.distance(self.features(image), self.features(other))
+
+    def distance(self, maps: list[torch.Tensor], others: list[torch.Tensor]) -> torch.Tensor:
+        """LPIPS of pictures whose feature maps these are -> (B,)."""
+        distance = torch.zeros(maps[0].shape[0], device=maps[0].device)
+        for a, b, head in zip(maps, others, self.heads, strict=True):
+            difference = (_unit(a) - _unit(b)).square()
+            distance = distance + (difference * head).sum(dim=1).mean(dim=(1, 2))
+        return distance
+
+
+class PerceptualNet(LpipsNet):
+    """The convolutions of VGG16 (arXiv 1409.1556) with LPIPS' heads.
+
+    The widths are read from the weights, so the miniature's narrow network takes the same way as the real one.
+    """
+
+    def __init__(self, widths: tuple[int, ...] = (64, 128, 256, 512, 512)) -> None:
+        super().__init__(widths)
         blocks, channels = [], 3
         for width, count in zip(widths, _VGG16, strict=True):
             layers: list[nn.Module] = []
@@ -34,9 +60,6 @@ class PerceptualNet(nn.Module):
                 channels = width
             blocks.append(nn.Sequential(*layers))
         self.blocks = nn.ModuleList(blocks)
-        self.heads = nn.ParameterList([nn.Parameter(torch.zeros(1, width, 1, 1)) for width in widths])
-        self.register_buffer("mean", torch.tensor(_MEAN).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(_STD).view(1, 3, 1, 1))
         self.requires_grad_(False)
 
     @classmethod
@@ -52,11 +75,8 @@ class PerceptualNet(nn.Module):
             for block, numbers in zip(network.blocks, indices, strict=True):
                 convolutions_here = [layer for layer in block.children() if isinstance(layer, nn.Conv2d)]
                 for convolution, number in zip(convolutions_here, numbers, strict=True):
-                    assert convolution.bias is not None  # built with one, above
-                    convolution.weight.copy_(convolutions[f"features.{number}.weight"])
-                    convolution.bias.copy_(convolutions[f"features.{number}.bias"])
-            for k, head in enumerate(network.heads):
-                head.copy_(heads[f"lin{k}.model.1.weight"])
+                    _fill(convolution, convolutions, number)
+            _fill_heads(network, heads)
         return network.eval()
 
     def features(self, image: torch.Tensor) -> list[torch.Tensor]:
@@ -68,17 +88,53 @@ class PerceptualNet(nn.Module):
             maps.append(current)
         return maps
 
-    def lpips(self, image: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        """LPIPS of pictures in [-1, 1], (B, 3, H, W) each -> (B,)."""
-        return self.distance(self.features(image), self.features(other))
 
-    def distance(self, maps: list[torch.Tensor], others: list[torch.Tensor]) -> torch.Tensor:
-        """LPIPS of pictures whose five feature maps these are -> (B,)."""
-        distance = torch.zeros(maps[0].shape[0], device=maps[0].device)
-        for a, b, head in zip(maps, others, self.heads, strict=True):
-            difference = (_unit(a) - _unit(b)).square()
-            distance = distance + (difference * head).sum(dim=1).mean(dim=(1, 2))
-        return distance
+class AlexNet(LpipsNet):
+    """The convolutions of AlexNet as torchvision has them (arXiv 1404.5997) with LPIPS' heads: the backbone that papers report."""
+
+    def __init__(self) -> None:
+        super().__init__((64, 192, 384, 256, 256))
+        self.convolutions = nn.ModuleList(
+            [
+                nn.Conv2d(3, 64, 11, stride=4, padding=2),
+                nn.Conv2d(64, 192, 5, padding=2),
+                nn.Conv2d(192, 384, 3, padding=1),
+                nn.Conv2d(384, 256, 3, padding=1),
+                nn.Conv2d(256, 256, 3, padding=1),
+            ]
+        )
+        self.requires_grad_(False)
+
+    @classmethod
+    def from_tensors(cls, convolutions: dict[str, torch.Tensor], heads: dict[str, torch.Tensor]) -> AlexNet:
+        """Built from torchvision's AlexNet names (``features.{0,3,6,8,10}.weight``) and lpips'. Raises KeyError or RuntimeError."""
+        network = cls()
+        with torch.no_grad():
+            for convolution, number in zip(network.convolutions, (0, 3, 6, 8, 10), strict=True):
+                assert isinstance(convolution, nn.Conv2d)
+                _fill(convolution, convolutions, number)
+            _fill_heads(network, heads)
+        return network.eval()
+
+    def features(self, image: torch.Tensor) -> list[torch.Tensor]:
+        """The five feature maps of (B, 3, H, W) in [-1, 1]; H and W of 31 at least."""
+        current = (image - self.mean) / self.std
+        maps = []
+        for number, convolution in enumerate(self.convolutions):
+            current = F.relu(convolution(F.max_pool2d(current, 3, stride=2) if number in (1, 2) else current))
+            maps.append(current)
+        return maps
+
+
+def _fill(convolution: nn.Conv2d, tensors: dict[str, torch.Tensor], number: int) -> None:
+    assert convolution.bias is not None  # all of them are built with one
+    convolution.weight.copy_(tensors[f"features.{number}.weight"])
+    convolution.bias.copy_(tensors[f"features.{number}.bias"])
+
+
+def _fill_heads(network: LpipsNet, tensors: dict[str, torch.Tensor]) -> None:
+    for k, head in enumerate(network.heads):
+        head.copy_(tensors[f"lin{k}.model.1.weight"])
 
 
 def _unit(features: torch.Tensor) -> torch.Tensor:
@@ -107,3 +163,13 @@ def load_perceptual(folder: Path) -> tuple[PerceptualNet, str]:
         raise InvalidArtifactError(f"the perceptual network in {convolutions.parent} is not VGG16-shaped: {error}") from error
     card = convolutions.with_name("card.json")  # the miniature's says so; the real network comes without one
     return network, str(artifacts.read_json(card).get("name", "vgg16")) if card.is_file() else "vgg16"
+
+
+def load_alex(folder: Path) -> AlexNet:
+    """LPIPS' AlexNet below ``paths.weights``. Raises MissingInputError or InvalidArtifactError as ``load_perceptual`` does."""
+    weights.require(folder, "lpips_alex")
+    convolutions, heads = weights.files(folder, "lpips_alex")
+    try:
+        return AlexNet.from_tensors(artifacts.load_tensors(convolutions), artifacts.load_tensors(heads))
+    except (KeyError, RuntimeError) as error:
+        raise InvalidArtifactError(f"the network in {convolutions.parent} is not AlexNet with LPIPS' heads: {error}") from error

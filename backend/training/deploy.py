@@ -1,0 +1,63 @@
+"""Putting a checked bundle into production, and back (DESIGN 4.4): at every moment the deployed file is whole, the old one or the new."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from backend import artifacts
+from backend.config import Config
+from backend.errors import MissingInputError
+from backend.training import results
+from backend.training.model_card import model_card
+
+
+def previous_path(target: Path) -> Path:
+    """Where the bundle lies that was deployed before."""
+    return target.with_name(f"{target.stem}.previous.safetensors")
+
+
+def deploy(candidate: Path, target: Path) -> None:
+    """Puts a checked bundle in place of the deployed one, which is kept as ``*.previous.safetensors``. The candidate is gone afterwards."""
+    if target.is_file():
+        with artifacts.replacing(previous_path(target)) as spare:
+            os.link(target, spare)
+    candidate.replace(target)
+    artifacts.sync_folder(target.parent)
+    write_card(target)
+
+
+def write_card(target: Path) -> None:
+    """Writes the model card beside the bundle, from the bundle's own header."""
+    artifacts.write_text(target.with_suffix(".md"), model_card(artifacts.read_header(target)))
+
+
+def rollback(config: Config) -> dict[str, Any]:
+    """Brings the previous bundle back into production and keeps the one that was there, so that a second rollback undoes the first.
+
+    The previous bundle is checked before anything is touched. Raises MissingInputError when there is none, InvalidArtifactError when it
+    is broken.
+    """
+    from backend.training.models.bundle import load_bundle  # late: torch
+
+    target = config.paths.bundle
+    previous = previous_path(target)
+    if not previous.is_file():
+        raise MissingInputError(f"there is no previous model at {previous}", hint="one is kept from the second deployment on")
+    with artifacts.folder_lock(config.paths.models):
+        artifacts.remove_stale_temporaries(config.paths.models)
+        digest = load_bundle(previous).sha256
+        with artifacts.replacing(previous) as withdrawn:
+            if target.is_file():
+                os.link(target, withdrawn)
+                previous.replace(target)
+            else:
+                os.link(previous, withdrawn)
+                os.link(previous, target)
+        write_card(target)
+    deployed = {"path": results.shown_path(target), "sha256": digest, "rolled_back": True}
+    summary = config.paths.report / "summary.json"
+    if summary.is_file():  # so that a later run does not take the withdrawn model for the deployed one
+        artifacts.write_json(summary, {**artifacts.read_json(summary), "deployed": deployed})
+    return {"deployed": deployed}

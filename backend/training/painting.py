@@ -1,0 +1,140 @@
+"""Paints the evaluation's pairs with the code that serves (DESIGN section 2: what is evaluated is what is served)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from backend.config import Config
+from backend.errors import InvalidArtifactError
+from backend.imaging import composite, crop, masks
+from backend.imaging.decode import read_png
+from backend.training.keyed import key
+from backend.training.pairs import Pair, Row
+from backend.training.prepared import Prepared, Sample
+from backend.tryon import conditioning
+from backend.tryon.painter import Painter, PaintRequest
+from backend.tryon.pipeline import checked_output
+from backend.tryon.segmentation import HairParser
+from backend.tryon.values import TryOnError
+
+Picture = NDArray[np.uint8]
+In = TypeVar("In")
+Out = TypeVar("Out")
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One pair, read: whose head is painted (head: the edit region and bald image of the target) and whose hair it is to get."""
+
+    pair: Pair
+    target: Sample
+    reference: Sample
+    head: conditioning.HeadInput
+
+
+@dataclass(frozen=True)
+class View:
+    """A picture to be judged. picture: (S, S, 3) uint8 RGB; hair: (S, S) uint8 0/255, where its hair is.
+
+    region: (S, S) uint8 0/255, what was pasted; mask: the same with its soft edge, float32; None where nothing was painted.
+    failed: why it is no picture, or empty.
+    """
+
+    picture: Picture
+    hair: Picture
+    region: Picture | None = None
+    mask: NDArray[np.float32] | None = None
+    failed: str = ""
+
+
+class ThreadedMap:
+    """``map`` over threads in the order of the input, so that their number changes no figure; 0: one per core, 8 at most."""
+
+    def __init__(self, workers: int) -> None:
+        self._workers = workers or min(8, len(os.sched_getaffinity(0)))
+
+    def __call__(self, function: Callable[[In], Out], items: Iterable[In]) -> list[Out]:
+        """The results in order; the first error is raised."""
+        with ThreadPoolExecutor(self._workers) as pool:
+            return list(pool.map(function, items))
+
+
+class SceneReader:
+    """Reads pairs from Stage 0's output as scenes."""
+
+    def __init__(self, config: Config, prepared: Prepared, each: ThreadedMap) -> None:
+        self._config, self.prepared, self._each = config, prepared, each
+
+    def __call__(self, pairs: Sequence[Pair]) -> list[Scene]:
+        """The scenes of the pairs. Raises InvalidArtifactError when an edit region leaves hair out: it would stay in the bald image."""
+        return self._each(self._scene, pairs)
+
+    def _scene(self, pair: Pair) -> Scene:
+        target, reference = self.prepared.sample(pair.target), self.prepared.sample(pair.reference)
+        head = conditioning.head_input(
+            target.photo, target.hair, target.face_box, method=self._config.data.bald, landmarks=pair.target["landmarks"]
+        )
+        left_out = int(((target.hair > 0) & (head.region == 0)).sum())
+        if left_out or not target.hair.any():
+            what = f"leaves out {left_out} of its hair's pixels" if left_out else "has no hair to be replaced"
+            raise InvalidArtifactError(f"the edit region of {target.id} {what}", hint="prepare the data again")
+        return Scene(pair, target, reference, head)
+
+    def style(self, row: Row) -> Picture:
+        """The style picture of a row, (224, 224, 3) uint8 RGB."""
+        return read_png(self.prepared.folder / row["files"]["style"])
+
+
+class ScenePainter:
+    """Paints and pastes back scenes with one model."""
+
+    def __init__(self, config: Config, painter: Painter, parser: HairParser, reader: SceneReader) -> None:
+        self._config, self.painter, self._parser, self._reader = config, painter, parser, reader
+
+    def __call__(self, scenes: Sequence[Scene], references: Sequence[Row] | None, prompt: str | None) -> list[View]:
+        """One view per scene. references: whose hair each gets, None: no style and no identity. prompt None: the target's own."""
+        settings = self._config.evaluate
+        requests = [
+            PaintRequest(
+                head=scene.head,
+                style=self._reader.style(references[number]) if references is not None else None,
+                identity=scene.target.identity if references is not None else None,
+                prompt=scene.target.prompt if prompt is None else prompt,
+                seed=key(settings.seed, "picture/" + scene.target.id),
+            )
+            for number, scene in enumerate(scenes)
+        ]
+        painted = self.painter.paint(requests, steps=settings.steps, guidance=settings.guidance)
+        return [self._pasted(scene, image) for scene, image in zip(scenes, painted, strict=True)]
+
+    def _pasted(self, scene: Scene, image: torch.Tensor) -> View:
+        failed = ""
+        try:
+            picture = checked_output(image[None], scene.head.region)
+        except TryOnError as error:  # counted as a failure; what there is of a picture is measured like any other
+            failed, picture = error.code, conditioning.to_pictures(image[None])[0]
+        region = masks.changed_region(scene.head.region, scene.target.hair, self._parser.hair(picture), scene.target.face_box)
+        pasted = self.paste(scene, picture, region)
+        return View(pasted.image, self._parser.hair(pasted.image), region, pasted.mask, failed)
+
+    def paste(self, scene: Scene, picture: Picture, region: Picture) -> composite.Pasted:
+        """A painted head crop laid over the target's photo inside ``region``."""
+        return composite.paste_back(scene.target.photo, picture, region, crop.Square(0, 0, picture.shape[0]), self._config.sample.feather)
+
+    def through_vae(self, photos: Sequence[Picture]) -> list[Picture]:
+        """Photos through the VAE and back: what no UNet can improve on."""
+        vae: Any = self.painter.sampler.vae
+        decoded: list[Picture] = []
+        with torch.inference_mode():
+            for photo in photos:
+                mean, _ = conditioning.encode_latents(vae, conditioning.to_tensor([photo]))
+                decoded += conditioning.to_pictures(conditioning.decode_latents(vae, mean))
+        return decoded
