@@ -444,6 +444,20 @@ def test_a_killed_run_goes_on_where_it_was(dataset: Dataset, shots: list[Shot], 
     assert re.search(rf"{len(stamps)} of {photos} photos are already done", log)
 
 
+def test_what_a_killed_worker_was_writing_is_gone_at_the_end(
+    dataset: Dataset, shots: list[Shot], monkeypatch: pytest.MonkeyPatch, faces: FaceAnalyzer
+) -> None:
+    def run(pairs: list[Pair], config: Config) -> Iterator[tuple[Pair, dict[str, Any]]]:
+        for pair in pairs:
+            yield pair, process(pair, photo_settings(config), faces)
+        artifacts.write_bytes(config.paths.processed / "bald_images/.x.png.77.tmp", b"half")
+
+    monkeypatch.setattr(prepare_dataset_deephair, "_run", run)
+    dataset.fill(shots, 2)
+    prepare_dataset_deephair.prepare(dataset.config())
+    assert not temporaries(dataset.root / "processed")
+
+
 @pytest.mark.usefixtures("in_process")
 def test_a_torn_file_or_record_is_made_again(dataset: Dataset, shots: list[Shot]) -> None:
     """What a power cut can leave behind on a file system that loses names or the ends of files."""

@@ -37,9 +37,9 @@ def remove_hair(
     scale = work / side
     face = None if face_box is None else tuple(v * scale for v in face_box)
     fill = _two_part(small, hole, face) if method == "two_part" else _opencv(small, hole, method)
-    return np.where(region[..., None] > 0, cv2.resize(fill, (side, side), interpolation=cv2.INTER_CUBIC), image).astype(
-        np.uint8, copy=False
-    )
+    filled = image.copy()
+    cv2.copyTo(cv2.resize(fill, (side, side), interpolation=cv2.INTER_CUBIC), region, filled)
+    return filled
 
 
 def _any_coverage(mask: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:

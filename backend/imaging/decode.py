@@ -104,7 +104,7 @@ def _to_rgb(picture: Image.Image) -> NDArray[np.uint8]:
         rgba = picture.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return np.asarray(Image.alpha_composite(white, rgba).convert("RGB"))
-    return np.asarray(picture.convert("RGB"))
+    return np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB"))  # converting RGB would copy 50 MB of a raw photo
 
 
 def _is_other_image(data: bytes) -> bool:

@@ -62,9 +62,14 @@ def style_picture(image: NDArray[np.uint8], hair: NDArray[np.uint8]) -> NDArray[
     if box is None:
         raise ValueError("a style picture needs hair")
     x0, y0, x1, y1 = (int(v) for v in box)
-    core = shrink(hair, max(1.0, 0.005 * hair.shape[0]))
-    colour = mean_colour(image, core if core.any() else hair)
-    cut = np.where(hair[y0:y1, x0:x1, None] > 0, image[y0:y1, x0:x1], np.round(colour)).astype(np.uint8)
+    radius = max(1.0, 0.005 * hair.shape[0])
+    edge = round(radius) + 1  # with a rim without hair the erosion sees what it would see in the whole picture
+    window = np.s_[max(0, y0 - edge) : y1 + edge, max(0, x0 - edge) : x1 + edge]
+    core = shrink(hair[window], radius)
+    colour = mean_colour(image[window], core if core.any() else hair[window])
+    cut = np.empty((y1 - y0, x1 - x0, 3), np.uint8)
+    cut[:] = np.round(colour)
+    cv2.copyTo(image[y0:y1, x0:x1], hair[y0:y1, x0:x1], cut)
     scale = STYLE_SIDE / max(cut.shape[:2])
     size = (max(1, round(cut.shape[1] * scale)), max(1, round(cut.shape[0] * scale)))
     small = cv2.resize(cut, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
@@ -79,4 +84,5 @@ def mean_colour(image: NDArray[np.uint8], mask: NDArray[np.uint8]) -> NDArray[np
     """The mean RGB over a mask, (3,) float64 in 0..255. Raises ValueError when the mask is empty."""
     if not mask.any():
         raise ValueError("the mean colour of an empty mask is not defined")
-    return image[mask > 0].mean(axis=0, dtype=np.float64)
+    total = cv2.sumElems(cv2.bitwise_and(image, image, mask=mask))  # whole numbers, exact; a tenth of the time of image[mask > 0].mean()
+    return np.array(total[:3], np.float64) / np.count_nonzero(mask)

@@ -160,11 +160,9 @@ def _process_all(tasks: list[Task], config: Config, *, resume: bool) -> Outcome:
     progress = console.Progress("photos", len(tasks), unit="photo")
     progress.start_at(len(outcome))
     by_pair = {task.pair: task for task in waiting}
-    died = False
     for pair, result in _run(list(by_pair), config):
         task = by_pair.pop(pair)
         if isinstance(result, Casualty):
-            died = True
             cause = "" if result.killed else f" ({_exit(result.exitcode)})"
             detail = f"its worker process died {result.deaths} times{cause}"
             row = {"path": relative(pair.photo, config.data.images), "reason": "worker_killed", "detail": detail}
@@ -174,7 +172,7 @@ def _process_all(tasks: list[Task], config: Config, *, resume: bool) -> Outcome:
             prepare_records.keep(task, row, config.paths.processed)
         outcome.add(row, task.record)
         progress.update()
-    if died or config.data.scheduler:
+    if waiting:  # a worker that was killed leaves what it was writing
         artifacts.remove_stale_temporaries(config.paths.processed)
     return outcome
 

@@ -193,7 +193,7 @@ def _main_face(found: list[DetectedFace], label: PhotoLabel) -> DetectedFace | N
 def _write_images(
     name: str, photo: NDArray[np.uint8], hair: NDArray[np.uint8], without: NDArray[np.uint8], settings: PhotoSettings
 ) -> dict[str, Any]:
-    alone = np.dstack([np.where(hair[..., None] > 0, photo, 0).astype(np.uint8), hair])
+    alone = cv2.merge([*cv2.split(cv2.bitwise_and(photo, photo, mask=hair)), hair]).astype(np.uint8, copy=False)
     files = {"bald": f"bald_images/{name}.png", "hair_only": f"hair_only_images/{name}.png"}
     write_png(settings.processed / files["bald"], without, compression=1)
     write_png(settings.processed / files["hair_only"], alone, compression=1)
