@@ -108,7 +108,7 @@ def test_a_full_disk_leaves_the_deployed_bundle(small: Path, tmp_path: Path) -> 
     done = subprocess.run(
         [sys.executable, "-c", FULL_DISK, str(small / "b.bundle"), str(target)], capture_output=True, text=True, check=False
     )
-    assert done.returncode == 1 and done.stderr.startswith("error:") and "Traceback" not in done.stderr
+    assert done.returncode == 1 and "\nerror: " in "\n" + done.stderr and "Traceback" not in done.stderr, done.stderr
     assert target.read_bytes() == (small / "a.bundle").read_bytes()
     assert [path.name for path in tmp_path.iterdir()] == [target.name]
 

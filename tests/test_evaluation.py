@@ -348,6 +348,7 @@ def test_models_without_skill_are_refused_and_figures_do_not_depend_on_the_threa
     assert again.pairs == found.pairs
 
     bald = Evaluator(other, _StandIn(config, _bald)).run()
+    assert bald.figures["baselines"]["bald"]["lpips_gain_ci"] == [0.0, 0.0]
     reasons = " ".join(gate.decide(bald.figures, config.gate)["evidence"]["reasons"])
     assert "reconstruction LPIPS against bald" in reasons and "way from the bald image" in reasons
     assert len(bald.transfer.first) == config.evaluate.pictures and bald.reconstruction.worst

@@ -182,10 +182,9 @@ class Evaluator:
         def pasted(scene: Scene) -> View:
             return View(*baselines.crop_paste(scene.target, scene.reference, scene.head.bald, scene.head.region, feather))
 
-        nothing = np.zeros_like(scenes[0].target.hair)
         return {
             "no_op": [View(scene.target.photo, scene.target.hair) for scene in scenes],
-            "bald": [View(scene.head.bald, nothing) for scene in scenes],
+            "bald": [self._ours.as_result(scene, scene.head.bald) for scene in scenes],  # a model that paints no hair gains nothing on it
             "crop_paste": self._each(pasted, scenes),
             "colour_transfer": self._each(recoloured, scenes),
         }

@@ -121,6 +121,10 @@ class ScenePainter:
             picture = checked_output(image[None], scene.head.region)
         except TryOnError as error:  # counted as a failure; what there is of a picture is measured like any other
             failed, picture = error.code, conditioning.to_pictures(image[None])[0]
+        return self.as_result(scene, picture, failed)
+
+    def as_result(self, scene: Scene, picture: Picture, failed: str = "") -> View:
+        """A head crop (S, S, 3) as if the model had painted it: pasted back where hair was or has come, and its hair found."""
         region = masks.changed_region(scene.head.region, scene.target.hair, self._parser.hair(picture), scene.target.face_box)
         pasted = self.paste(scene, picture, region)
         return View(pasted.image, self._parser.hair(pasted.image), region, pasted.mask, failed)
