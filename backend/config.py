@@ -136,6 +136,8 @@ class TrainConfig(Section):
     # was one step before; the other presets clip the global norm, exactly
     clipping: Literal["update-rms", "previous-norm"] = "update-rms"
     style_tokens: Literal[1, 16] = 1
+    # style and identity tokens among the text's, or with keys and values of their own behind a gate that begins at zero (IP-Adapter)
+    injection: Literal["appended", "decoupled"] = "appended"
     reference: Literal["other", "same"] = "other"  # style reference: another photo of the head where there is one, or the photo itself
     drop: DropConfig = DropConfig()
     mask_variants: Annotated[int, Field(ge=1, le=16)] = 4  # random edit regions cached per photo

@@ -31,7 +31,7 @@ def memory_plan(config: Config) -> dict[str, Any]:
     train, preset = config.train, presets.of(config.train)
     unet_config, basis = _unet_config(config)
     with torch.device("meta"):
-        model = HairInpaintingUNet(widen_conv_in(empty_unet(unet_config)), train.style_tokens)
+        model = HairInpaintingUNet(widen_conv_in(empty_unet(unet_config)), train.style_tokens, train.injection)
         count = sum(parameter.numel() for parameter in model.parameters())
         model.unet.to(torch.bfloat16 if preset.bf16 else torch.float32)
         choose_trained(model, train)

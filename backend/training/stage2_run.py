@@ -94,7 +94,7 @@ class Stage2Run:
     def _build_model(self, base: Any) -> HairInpaintingUNet:
         torch.manual_seed(self.config.train.seed)  # the injector's initial weights
         train = self.config.train
-        model = HairInpaintingUNet(load_unet(base / "unet", weights_dtype(train.preset)), train.style_tokens)
+        model = HairInpaintingUNet(load_unet(base / "unet", weights_dtype(train.preset)), train.style_tokens, train.injection)
         if train.start is not None:
             load_start(model, train.start)
         return ready_for_training(model, train, self.device)
@@ -222,7 +222,8 @@ class Stage2Run:
         weights, resume = checkpoint_tensors(self.model, self.average)
         header = {
             "format": FORMAT, "step": self.step, "run": self.digest, "config": config.resolved(), "unet_config": unet_config(self.model.unet),
-            "style_tokens": config.train.style_tokens, "preset": config.train.preset, "weights": pretrained.describe(config.paths.weights),
+            "style_tokens": config.train.style_tokens, "injection": config.train.injection,
+            "preset": config.train.preset, "weights": pretrained.describe(config.paths.weights),
             "result": self.result(),
         }  # fmt: skip
         saved = checkpoints.save(
