@@ -120,19 +120,24 @@ class DropConfig(Section):
 class TrainConfig(Section):
     """Stage 2 (DESIGN 4.3)."""
 
-    preset: Literal["full-12gb", "full-exact"] = "full-12gb"
+    # backend/training/presets.py, docs/training.md
+    preset: Literal["full-12gb", "full-8gb", "partial", "lora", "full-exact", "full-80gb"] = "full-12gb"
     start: AnchoredPath | None = None  # a Stage 2 checkpoint to go on from instead of the base model alone
     steps: Positive = 100_000
-    batch_size: Positive = 2
+    batch_size: Positive = 2  # samples in memory at a time, per process
+    accumulate: Positive = 1  # such batches per step; not in full-12gb and full-8gb, which step inside the backward pass
+    lora_rank: Annotated[int, Field(ge=1, le=256)] = 16  # of preset lora
     lr: Annotated[float, Field(gt=0)] = 2e-6
     injector_lr: Annotated[float, Field(gt=0)] = 1e-4
     warmup: Annotated[int, Field(ge=0)] = 500
     weight_decay: Annotated[float, Field(ge=0)] = 1e-2
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
-    # full-12gb: the root mean square of each tensor's update is bounded by 1, or the global gradient norm by clip_norm as it was one step
-    # before; full-exact always clips the global norm, exactly
+    # full-12gb and full-8gb: the root mean square of each tensor's update is bounded by 1, or the global gradient norm by clip_norm as it
+    # was one step before; the other presets clip the global norm, exactly
     clipping: Literal["update-rms", "previous-norm"] = "update-rms"
     style_tokens: Literal[1, 16] = 1
+    # style and identity tokens among the text's, or with keys and values of their own behind a gate that begins at zero (IP-Adapter)
+    injection: Literal["appended", "decoupled"] = "appended"
     reference: Literal["other", "same"] = "other"  # style reference: another photo of the head where there is one, or the photo itself
     drop: DropConfig = DropConfig()
     mask_variants: Annotated[int, Field(ge=1, le=16)] = 4  # random edit regions cached per photo
@@ -144,6 +149,10 @@ class TrainConfig(Section):
     min_snr_gamma: Annotated[float, Field(ge=0)] = 0.0  # 0: off
     noise_offset: Annotated[float, Field(ge=0)] = 0.0
     gradient_checkpointing: bool = True
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0  # decay per step of the weights' moving average, kept on the CPU and deployed; 0: off
+    ema_every: Positive = 10  # steps between its updates
+    prefetch: Annotated[int, Field(ge=0, le=16)] = 1  # threads that draw coming batches; 0: none
+    memory_fraction: Annotated[float, Field(gt=0, le=1)] = 0.95  # of the card's free memory at the start that the process may take
     save_every: Positive = 500
     keep: Positive = 2  # step checkpoints kept; the newest is never removed
     validate_every: Positive = 500
@@ -237,6 +246,11 @@ class Config(Section):
                 f"train.texture_crop {self.train.texture_crop} is larger than the latent ({latent} at data.resolution "
                 f"{self.data.resolution}); set it to {latent} or less, or train.texture_every=0"
             )
+        if self.train.accumulate > 1 and self.train.preset in ("full-12gb", "full-8gb"):
+            raise ValueError(
+                f"train.accumulate {self.train.accumulate} is not possible with train.preset {self.train.preset}, which steps inside the "
+                f"backward pass; raise train.batch_size, which is the true batch there, or take preset partial, lora or full-80gb"
+            )
         if self.train.warmup >= self.train.steps:
             raise ValueError(f"train.warmup {self.train.warmup} must be below train.steps {self.train.steps}")
         if self.texture.warmup >= self.texture.steps:
@@ -255,7 +269,9 @@ class Config(Section):
         if "evaluate" in plain:
             plain["evaluate"] = {k: v for k, v in plain["evaluate"].items() if k != "workers"}
         if "train" in plain:
-            plain["train"] = {k: v for k, v in plain["train"].items() if k != "start"}  # its content counts, not its place
+            plain["train"] = {
+                k: v for k, v in plain["train"].items() if k not in ("start", "prefetch", "memory_fraction")
+            }  # of start the content counts, not its place
         if "texture" in plain:
             plain["texture"] = {k: v for k, v in plain["texture"].items() if k not in ("keep", "workers")}
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()

@@ -20,7 +20,8 @@ def rebuilt(checkpoint: checkpoints.Checkpoint) -> Any:
     """The network of a Stage 2 checkpoint, in eval mode."""
     from backend.training.models.stage2_unet import HairInpaintingUNet, empty_unet
 
-    model = HairInpaintingUNet(empty_unet(checkpoint.header["unet_config"]), int(checkpoint.header["style_tokens"]))
+    header = checkpoint.header
+    model = HairInpaintingUNet(empty_unet(header["unet_config"]), int(header["style_tokens"]), header.get("injection", "appended"))
     model.unet.to(checkpoint.weights["unet.conv_in.weight"].dtype)
     model.load_state_dict(checkpoint.weights)
     return model.eval().requires_grad_(False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -33,11 +33,12 @@ TRITON_CAPABILITY = (8, 0)  # bfloat16 arithmetic
 NORM = "clipping|previous_square"  # the state's name for the squared gradient norm of the update before
 
 Arithmetic = Literal["auto", "triton", "eager"]
+Hook = Callable[[torch.Tensor], None]
 _State = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class _Slot:
+class Slot:
     """A trained tensor with its state and settings."""
 
     name: str
@@ -58,6 +59,8 @@ class FusedFactoredAdam:
     clip_norm: None bounds each update's root mean square to 1 (Adafactor, section 6). A number bounds the global gradient norm instead,
     by that of the update before, since this one's is known only when it is too late.
 
+    momentum: without it an update follows the normalised gradient alone, and the state is the factored second moment.
+
     arithmetic: "triton" for the kernels, "eager" for PyTorch's operations, "auto" for the kernels where the device can run them.
     """
 
@@ -68,16 +71,17 @@ class FusedFactoredAdam:
         weight_decay: float,
         seed: int,
         clip_norm: float | None = None,
+        momentum: bool = True,
         arithmetic: Arithmetic = "auto",
     ) -> None:
-        self._clip_norm = clip_norm
+        self._clip_norm, self._beta1 = clip_norm, BETA1 if momentum else 0.0
         self._update, self._factor = 0, 1.0
-        self._slots: dict[str, _Slot] = {}
-        self._waiting: dict[tuple[torch.dtype, bool], list[tuple[_Slot, torch.Tensor]]] = {}
+        self._slots: dict[str, Slot] = {}
+        self._waiting: dict[tuple[torch.dtype, bool], list[tuple[Slot, torch.Tensor]]] = {}
         self._groups: dict[tuple[tuple[str, int], ...], Group] = {}
         for name, parameter, rate in parameters:
             decay = weight_decay if parameter.ndim > 1 else 0.0
-            slot = _Slot(name, parameter, _empty_state(parameter), rate, decay, key(seed, "rounding/" + name))
+            slot = Slot(name, parameter, _empty_state(parameter, momentum), rate, decay, key(seed, "rounding/" + name))
             self._slots[name] = slot
             parameter.register_post_accumulate_grad_hook(self._hook(slot))
         device = next(iter(self._slots.values())).parameter.device
@@ -118,19 +122,22 @@ class FusedFactoredAdam:
             name, _, field = flat.rpartition("|")
             (self._previous_square if flat == NORM else self._slots[name].state[field]).copy_(value)
 
-    def _hook(self, slot: _Slot):  # type: ignore[no-untyped-def]
+    def _hook(self, slot: Slot) -> Hook:
         def apply(parameter: torch.Tensor) -> None:
             gradient, parameter.grad = parameter.grad, None
-            if gradient is None:
-                return
-            if self._triton and _suits_kernel(parameter, gradient):
-                self._wait(slot, gradient)
-            else:
-                self._square += self._step(slot, gradient)
+            if gradient is not None:
+                self._take(slot, gradient)
 
         return apply
 
-    def _wait(self, slot: _Slot, gradient: torch.Tensor) -> None:
+    def _take(self, slot: Slot, gradient: torch.Tensor) -> None:
+        """Updates a tensor, at once or with its group."""
+        if self._triton and _suits_kernel(slot.parameter, gradient := gradient.to(slot.parameter.dtype)):
+            self._wait(slot, gradient)
+        else:
+            self._square += self._step(slot, gradient)
+
+    def _wait(self, slot: Slot, gradient: torch.Tensor) -> None:
         """Keeps a gradient until its group is large enough. Rows of a multiple of 16 elements load faster and go together."""
         waiting = self._waiting.setdefault((gradient.dtype, slot.state["column"].numel() % 16 == 0), [])
         waiting.append((slot, gradient))
@@ -138,7 +145,7 @@ class FusedFactoredAdam:
             self._launch(waiting)
             waiting.clear()
 
-    def _launch(self, waiting: list[tuple[_Slot, torch.Tensor]]) -> None:
+    def _launch(self, waiting: list[tuple[Slot, torch.Tensor]]) -> None:
         from backend.training import lowmem_kernels as kernels
 
         if not waiting:
@@ -148,12 +155,12 @@ class FusedFactoredAdam:
             self._groups[place] = kernels.Group([_entry(slot) for slot, _ in waiting], BLOCK)
         self._square += kernels.update(
             self._groups[place], [gradient for _, gradient in waiting], number=self._update, factor=self._factor,
-            blend=_blend(self._update), beta1=BETA1, epsilon=EPSILON,
+            blend=_blend(self._update), beta1=self._beta1, epsilon=EPSILON,
             clip_rms=CLIP_RMS if self._clip_norm is None else 0.0, gradient_scale=self._scale,
         )  # fmt: skip
 
     @torch.no_grad()
-    def _step(self, slot: _Slot, raw: torch.Tensor) -> torch.Tensor:
+    def _step(self, slot: Slot, raw: torch.Tensor) -> torch.Tensor:
         """One tensor's update in eager PyTorch; returns the sum of its squared gradients."""
         state, parameter = slot.state, slot.parameter
         noise = _noise(parameter, slot.key, self._update)
@@ -162,16 +169,23 @@ class FusedFactoredAdam:
         update = _normalised(gradient * self._scale, state, _blend(self._update))
         if self._clip_norm is None:
             update /= (update.square().mean().sqrt() / CLIP_RMS).clamp_min(1.0)
-        momentum = dequantized(state["momentum"], state["scale"], parameter.shape)
-        momentum.mul_(BETA1).add_(update, alpha=1 - BETA1)
-        steps, scale = quantized(momentum, noise >> 16)
-        state["momentum"].copy_(steps)
-        state["scale"].copy_(scale)
+        momentum = self._averaged(update, state, noise)
         weight = parameter.float()
         # The decay joins the step before the subtraction: lr * decay alone is below float32's resolution of a weight.
         weight = weight.sub(momentum.add_(weight, alpha=slot.weight_decay), alpha=slot.rate * self._factor)
         parameter.copy_(stochastically_rounded(weight, noise & 0xFFFF) if parameter.dtype == torch.bfloat16 else weight)
         return square
+
+    def _averaged(self, update: torch.Tensor, state: _State, noise: torch.Tensor) -> torch.Tensor:
+        """The momentum with the update in it, which is kept; the update itself where there is none."""
+        if not self._beta1:
+            return update
+        momentum = dequantized(state["momentum"], state["scale"], update.shape)
+        momentum.mul_(self._beta1).add_(update, alpha=1 - self._beta1)
+        steps, scale = quantized(momentum, noise >> 16)
+        state["momentum"].copy_(steps)
+        state["scale"].copy_(scale)
+        return momentum
 
 
 def triton_runs_on(device: torch.device) -> bool:
@@ -186,16 +200,16 @@ def _suits_kernel(parameter: torch.Tensor, gradient: torch.Tensor) -> bool:
     return usual and all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in (parameter, gradient))
 
 
-def _entry(slot: _Slot) -> Entry:
+def _entry(slot: Slot) -> Entry:
     from backend.training.lowmem_kernels import Entry
 
     return Entry(slot.parameter.detach(), **slot.state, rate=slot.rate, weight_decay=slot.weight_decay, key=slot.key)
 
 
-def _empty_state(parameter: torch.Tensor) -> _State:
+def _empty_state(parameter: torch.Tensor, momentum: bool) -> _State:
     """Zeros; a vector is a matrix of one row, whose factored second moment is the plain one."""
     device, count = parameter.device, parameter.numel()
-    blocks = -(-count // BLOCK)
+    blocks = -(-count // BLOCK) if momentum else 0
     rows = parameter.shape[0] if parameter.ndim > 1 else 1
     return {
         "momentum": torch.zeros(blocks * BLOCK, dtype=torch.int8, device=device),

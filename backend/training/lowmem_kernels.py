@@ -120,7 +120,7 @@ def update(
     _apply[(len(group.chunks),)](
         group.table, group.chunks, group.rates, pointers, gradient_scale, row_sums, excess, number, factor, beta1, clip_rms,
         BLOCK=group.block, BLOCKS=CHUNK_BLOCKS, ROUNDS=CHUNK_ROUNDS, PHILOX=PHILOX_ROUNDS, CLIP=clip_rms > 0, BF16=bf16,
-        ALIGNED=group.aligned, num_warps=8,
+        ALIGNED=group.aligned, KEPT=beta1 > 0, num_warps=8,
     )  # fmt: skip
     return squares.sum()
 
@@ -240,9 +240,9 @@ def _excess(
 def _apply(  # noqa: PLR0915  one kernel, from top to bottom
     table, chunks, rates, gradients, gradient_scale, row_sums, excess, number, factor, beta1, clip_rms,
     BLOCK: tl.constexpr, BLOCKS: tl.constexpr, ROUNDS: tl.constexpr, PHILOX: tl.constexpr, CLIP: tl.constexpr, BF16: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    ALIGNED: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
-    """Momentum and weights of ROUNDS * BLOCKS momentum blocks in flat order."""
+    """Momentum (if it is KEPT) and weights of ROUNDS * BLOCKS momentum blocks in flat order."""
     program = tl.program_id(0)
     tensor = tl.load(chunks + program)
     entry = table + tensor * FIELDS
@@ -271,26 +271,28 @@ def _apply(  # noqa: PLR0915  one kernel, from top to bottom
         here = index < count
         gradient_place = tl.multiple_of(gradient_pointer + index, (16, 16))
         weight_place = tl.multiple_of(weight_pointer + index, (16, 16))
-        momentum_place = tl.multiple_of(momentum_pointer + index, (16, 16))
         gradient = tl.load(gradient_place, mask=here, other=0.0).to(tl.float32) * scale_gradient
         by_row = tl.math.rsqrt(tl.load(row_pointer + index // columns, mask=here, other=1.0) / row_mean)
         by_column = tl.math.rsqrt(tl.load(column_pointer + index % columns, mask=here, other=1.0))
         normalised = gradient * by_row * by_column * shrink
-        # The state is padded to whole blocks; beyond the last block nothing is touched.
-        in_state = block * BLOCK < count
-        old_scale = tl.load(scale_pointer + block, mask=in_state, other=0.0)
-        old = tl.load(momentum_place, mask=here, other=0).to(tl.float32) * old_scale[:, None]
-        momentum = tl.where(here, beta1 * old + (1.0 - beta1) * normalised, 0.0)
         counter = block[:, None] * (BLOCK // 4) + tl.arange(0, BLOCK // 4)[None, :]
         zero = counter * 0
         a, b, c, d = tl.philox(tl.load(entry + KEY), counter, zero + number, zero, zero, PHILOX)
         noise = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (BLOCKS, BLOCK))  # a b c d of each counter in turn
-        scale = tl.max(tl.abs(momentum), axis=1) / 127.0
-        steps = momentum / tl.maximum(scale, 1e-38)[:, None]
-        dither = ((noise >> 16).to(tl.float32) + 0.5) / 65536.0
-        quantized = tl.minimum(tl.maximum(tl.floor(steps + dither), -127.0), 127.0)
-        tl.store(momentum_place, quantized.to(tl.int8), mask=here)
-        tl.store(scale_pointer + block, scale, mask=in_state)
+        momentum = tl.where(here, normalised, 0.0)
+        if KEPT:
+            # The state is padded to whole blocks; beyond the last block nothing is touched.
+            in_state = block * BLOCK < count
+            momentum_place = tl.multiple_of(momentum_pointer + index, (16, 16))
+            old_scale = tl.load(scale_pointer + block, mask=in_state, other=0.0)
+            old = tl.load(momentum_place, mask=here, other=0).to(tl.float32) * old_scale[:, None]
+            momentum = beta1 * old + (1.0 - beta1) * momentum
+            scale = tl.max(tl.abs(momentum), axis=1) / 127.0
+            steps = momentum / tl.maximum(scale, 1e-38)[:, None]
+            dither = ((noise >> 16).to(tl.float32) + 0.5) / 65536.0
+            quantized = tl.minimum(tl.maximum(tl.floor(steps + dither), -127.0), 127.0)
+            tl.store(momentum_place, quantized.to(tl.int8), mask=here)
+            tl.store(scale_pointer + block, scale, mask=in_state)
         weight = tl.load(weight_place, mask=here, other=0.0).to(tl.float32)
         weight -= rate * (momentum + weight_decay * weight)
         if BF16:

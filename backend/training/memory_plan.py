@@ -5,63 +5,88 @@ from __future__ import annotations
 from typing import Any
 
 from backend import artifacts, weights
-from backend.config import Config
+from backend.config import Config, TrainConfig
+from backend.training import presets
 from backend.training.lowmem import BLOCK
 from backend.training.models.stage2_unet import SDXL_UNET_CONFIG, HairInpaintingUNet, empty_unet, widen_conv_in
 
 GIB = 2**30
 ACTIVATION_GIB = 0.675  # per sample at 1024 px with gradient checkpointing, SDXL; simulated with the real network's tensors
 NO_CHECKPOINTING = 6.42 / 0.70  # how much more is kept without checkpointing
-TRANSIENT_GIB = 0.12  # float32 copies of the largest tensor during its update, SDXL
 CONTEXT_GIB = 0.6  # CUDA context and library workspaces
+USABLE = 0.93  # of a card's nominal memory; the rest is the driver's and the desktop's
 SDXL_WIDTH, SDXL_PIXELS = 320, 1024 * 1024
 
 
 def memory_plan(config: Config) -> dict[str, Any]:
-    """The plan as {"preset", "lines": [{"name", "gib"}], "total_gib", "basis"}; lines are estimates in GiB of device memory.
+    """The plan as {"preset", "lines": [{"name", "gib"}], "total_gib", "card_gib", "basis"}; estimates in GiB of device memory.
 
-    The UNet is built on the meta device from its configuration (SDXL's own when the weights are not here yet): no weight is loaded.
+    card_gib: the size of card that the preset is made for, nominal. The UNet is built on the meta device from its configuration (SDXL's
+    own when the weights are not here yet): no weight is loaded.
     """
     import torch
 
+    from backend.training.stage2_weights import choose_trained
+
+    train, preset = config.train, presets.of(config.train)
     unet_config, basis = _unet_config(config)
     with torch.device("meta"):
-        model = HairInpaintingUNet(widen_conv_in(empty_unet(unet_config)), config.train.style_tokens)
-    sizes = [(parameter.numel(), parameter.shape) for parameter in model.parameters()]
-    count = sum(numel for numel, _ in sizes)
-    fused = config.train.preset == "full-12gb"
-    share = (config.data.resolution**2 / SDXL_PIXELS) * (unet_config["block_out_channels"][0] / SDXL_WIDTH)
-    activations = ACTIVATION_GIB * share * config.train.batch_size * (1.0 if config.train.gradient_checkpointing else NO_CHECKPOINTING)
-    if not fused:
-        activations *= 2  # float32
-    vae = 0.16 * unet_config["block_out_channels"][0] / SDXL_WIDTH
+        model = HairInpaintingUNet(widen_conv_in(empty_unet(unet_config)), train.style_tokens, train.injection)
+        count = sum(parameter.numel() for parameter in model.parameters())
+        model.unet.to(torch.bfloat16 if preset.bf16 else torch.float32)
+        choose_trained(model, train)
+    parameters = list(model.parameters())
+    learning = [parameter for parameter in parameters if parameter.requires_grad]
+    width = unet_config["block_out_channels"][0] / SDXL_WIDTH
+    share = (config.data.resolution**2 / SDXL_PIXELS) * width
+    activations = ACTIVATION_GIB * share * train.batch_size * (1.0 if train.gradient_checkpointing else NO_CHECKPOINTING)
+    activations *= 1 if preset.bf16 or preset.autocast else 2  # float32
+    learnt = sum(parameter.numel() for parameter in learning)
     lines = [
-        (f"weights, {count:,} parameters in {'bfloat16' if fused else 'float32'}", count * (2 if fused else 4) / GIB),
-        ("gradients" + (" (freed inside the backward pass)" if fused else ""), 0.0 if fused else count * 4 / GIB),
-        (
-            "optimizer: 8-bit momentum and factored second moment" if fused else "optimizer: AdamW in float32",
-            _optimizer_bytes(sizes, fused) / GIB,
-        ),
-        (f"activations, batch {config.train.batch_size} at {config.data.resolution} px", activations),
-        ("update in float32, one tensor at a time", TRANSIENT_GIB * unet_config["block_out_channels"][0] / SDXL_WIDTH if fused else 0.0),
-        ("VAE (decoder of the texture loss and previews)", vae),
+        (f"weights, {count:,} parameters in {'bfloat16' if preset.bf16 else 'float32'}", sum(p.nbytes for p in parameters) / GIB),
+        _gradients(learning, train),
+        (_optimizer_name(preset), _optimizer_bytes([(p.numel(), p.shape) for p in learning], preset) / GIB),
+        (f"activations, batch {train.batch_size} at {config.data.resolution} px", activations),
+        ("update in float32, one tensor at a time", 0.0 if preset.adamw else 4 * max(p.numel() for p in learning) / GIB),
+        ("VAE (decoder of the texture loss and previews)", 0.16 * width),
     ]
-    if config.train.texture_every:
-        lines.append((f"texture loss on a {8 * config.train.texture_crop} px crop", 0.6 * (8 * config.train.texture_crop / 256) ** 2))
+    if preset.autocast:
+        lines.append(("weights' bfloat16 copies of autocast", count * 2 / GIB))
+    if train.texture_every:
+        lines.append((f"texture loss on a {8 * train.texture_crop} px crop", 0.6 * (8 * train.texture_crop / 256) ** 2))
     lines.append(("CUDA context and workspaces", CONTEXT_GIB))
     return {
-        "preset": config.train.preset,
+        "preset": train.preset,
+        "trained_parameters": learnt,
         "lines": [{"name": name, "gib": round(gib, 3)} for name, gib in lines],
         "total_gib": round(sum(gib for _, gib in lines), 3),
+        "card_gib": preset.card_gib,
         "basis": basis,
     }
+
+
+def _gradients(learning: list[Any], train: TrainConfig) -> tuple[str, float]:
+    if presets.of(train).inside_backward:
+        return "gradients (freed inside the backward pass)", 0.0
+    numbers = sum(p.numel() for p in learning)
+    if presets.of(train).adamw:
+        return "gradients in float32", 4 * numbers / GIB
+    if train.accumulate > 1:
+        return f"gradients of {numbers:,} parameters, summed in float32", 4 * numbers / GIB
+    return f"gradients of {numbers:,} parameters", sum(p.nbytes for p in learning) / GIB
 
 
 def plan_text(plan: dict[str, Any]) -> str:
     """The plan as a small table."""
     rows = [f"  {line['gib']:8.3f} GiB  {line['name']}" for line in plan["lines"]]
+    fits = plan["total_gib"] <= USABLE * plan["card_gib"]
+    verdict = f"fits a {plan['card_gib']} GB card" if fits else f"MORE than a {plan['card_gib']} GB card offers: lower train.batch_size"
     return "\n".join(
-        [f"memory plan, preset {plan['preset']} ({plan['basis']}; estimated)", *rows, f"  {plan['total_gib']:8.3f} GiB  in all"]
+        [
+            f"memory plan, preset {plan['preset']} ({plan['basis']}; estimated)",
+            *rows,
+            f"  {plan['total_gib']:8.3f} GiB  in all, {plan['trained_parameters']:,} parameters learn; {verdict}",
+        ]
     )
 
 
@@ -72,7 +97,14 @@ def _unet_config(config: Config) -> tuple[dict[str, Any], str]:
     return SDXL_UNET_CONFIG, "SDXL inpainting 0.1 as published; its weights are not here yet"
 
 
-def _optimizer_bytes(sizes: list[tuple[int, Any]], fused: bool) -> int:
-    if not fused:
+def _optimizer_name(preset: presets.Preset) -> str:
+    if preset.adamw:
+        return "optimizer: AdamW in float32"
+    return "optimizer: 8-bit momentum and factored second moment" if preset.momentum else "optimizer: factored second moment"
+
+
+def _optimizer_bytes(sizes: list[tuple[int, Any]], preset: presets.Preset) -> int:
+    if preset.adamw:
         return sum(8 * numel for numel, _ in sizes)
-    return sum(numel + 4 * -(-numel // BLOCK) + 4 * (shape[0] + numel // shape[0] if len(shape) > 1 else numel) for numel, shape in sizes)
+    factored = sum(4 * (shape[0] + numel // shape[0] if len(shape) > 1 else numel) for numel, shape in sizes)
+    return factored + (sum(numel + 4 * -(-numel // BLOCK) for numel, _ in sizes) if preset.momentum else 0)

@@ -58,6 +58,20 @@ class Batch:
     timesteps: torch.Tensor
     ids: list[str]
 
+    def split(self, parts: int) -> list[Batch]:
+        """The batch in ``parts`` equal parts, in order. Raises ValueError when it cannot be divided evenly."""
+        count = len(self.ids)
+        if count % parts:
+            raise ValueError(f"a batch of {count} cannot be divided into {parts} equal parts")
+        if parts == 1:
+            return [self]
+        size = count // parts
+        return [self._part(slice(start, start + size)) for start in range(0, count, size)]
+
+    def _part(self, rows: slice) -> Batch:
+        conditions = Conditions(**{name: value[rows] for name, value in vars(self.conditions).items()})
+        return Batch(**{**{name: value[rows] for name, value in vars(self).items() if name != "conditions"}, "conditions": conditions})
+
 
 class Batches:
     """Draws batches. timesteps: number of the schedule's training timesteps."""
@@ -66,11 +80,16 @@ class Batches:
         self._train, self._splits, self._prompts = train, splits, prompts
         self._timesteps, self._device = timesteps, device
 
-    def batch(self, split: str, indices: np.ndarray, step: int, timestep: int | None = None) -> Batch:
-        """The samples ``indices`` with every draw keyed by (seed, split, step); a fixed ``timestep`` makes it a validation batch."""
+    def batch(self, split: str, indices: np.ndarray, step: int, timestep: int | None = None, *, rows: slice | None = None) -> Batch:
+        """The samples ``indices`` with every draw keyed by (seed, split, step); a fixed ``timestep`` makes it a validation batch.
+
+        rows: of the batch, those to return; what a row holds does not depend on it.
+        """
         train, data = self._train, self._splits[split]
         rng = numpy_generator(train.seed, f"draws/{split}", step)
         generator = torch_generator(train.seed, f"noise/{split}", step)
+        rows = slice(None) if rows is None else rows
+        mine = range(len(indices))[rows]
         texts, pooled, references = [], [], []
         variants = rng.integers(train.mask_variants, size=len(indices))
         dropped = (
@@ -79,31 +98,35 @@ class Batches:
         drop_text, drop_style, drop_identity, drop_all = dropped
         for row, index in enumerate(int(i) for i in indices):
             others = data.references[index] if train.reference == "other" else []
-            references.append(int(others[int(rng.integers(len(others)))]) if others else index)
+            reference = int(others[int(rng.integers(len(others)))]) if others else index
             # Serving with a reference says the neutral prompt, guidance the empty one: training meets both.
             unsaid = NEUTRAL_PROMPT if rng.random() < 0.5 else ""
-            text, text_pooled = self._prompts.get("" if drop_all[row] else unsaid if drop_text[row] else data.prompts[index])
-            texts.append(text)
-            pooled.append(text_pooled)
-        own = np.asarray(indices, np.int64)
-        every, chosen = torch.arange(len(own)), torch.from_numpy(variants)
+            if row in mine:
+                references.append(reference)
+                text, text_pooled = self._prompts.get("" if drop_all[row] else unsaid if drop_text[row] else data.prompts[index])
+                texts.append(text)
+                pooled.append(text_pooled)
+        own = np.asarray(indices, np.int64)[rows]
+        every, chosen = torch.arange(len(own)), torch.from_numpy(variants[rows])
         take = data.latents.take
         mean = take("photo_mean", own).float()
-        photo = mean + take("photo_std", own).float() * torch.randn(mean.shape, generator=generator)
-        noise = torch.randn(mean.shape, generator=generator)
+        shape = (len(indices), *mean.shape[1:])
+        photo = mean + take("photo_std", own).float() * torch.randn(shape, generator=generator)[rows]
+        noise = torch.randn(shape, generator=generator)
         if train.noise_offset:
-            noise = noise + train.noise_offset * torch.randn(mean.shape[0], mean.shape[1], 1, 1, generator=generator)
+            noise = noise + train.noise_offset * torch.randn(*shape[:2], 1, 1, generator=generator)
         drawn = torch.randint(0, self._timesteps, (len(indices),), generator=generator)
         timesteps = drawn if timestep is None else torch.full_like(drawn, timestep)
         here = self._here
         conditions = Conditions(
             here(torch.stack(texts)), here(torch.stack(pooled)), here(take("style", np.array(references, np.int64)).float()),
-            here(torch.from_numpy(~(drop_style | drop_all))), here(take("identity", own).float()),
-            here(take("identity_valid", own).view(-1).bool() & torch.from_numpy(~(drop_identity | drop_all))),
+            here(torch.from_numpy(~(drop_style | drop_all)[rows])), here(take("identity", own).float()),
+            here(take("identity_valid", own).view(-1).bool() & torch.from_numpy(~(drop_identity | drop_all)[rows])),
         )  # fmt: skip
         return Batch(
             here(photo), here(take("mask", own)[every, chosen].float()), here(take("bald", own)[every, chosen].float()),
-            here(take("excluded", own).float()), conditions, here(noise), here(timesteps), [data.latents.ids[int(i)] for i in indices],
+            here(take("excluded", own).float()), conditions, here(noise[rows]), here(timesteps[rows]),
+            [data.latents.ids[int(i)] for i in own],
         )  # fmt: skip
 
     def _here(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ Everything random is keyed by (seed, step): a run that was killed and resumed ha
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -19,7 +20,7 @@ from backend import weights as pretrained
 from backend.config import Config
 from backend.errors import UsageError
 from backend.imaging.decode import write_png
-from backend.training import checkpoints
+from backend.training import checkpoints, presets
 from backend.training.data_processing.prompts import NEUTRAL_PROMPT
 from backend.training.keyed import batches
 from backend.training.lowmem import FusedFactoredAdam
@@ -27,11 +28,14 @@ from backend.training.models.perceptual import load_perceptual
 from backend.training.models.schedule import NoiseSchedule
 from backend.training.models.stage2_unet import HairInpaintingUNet, load_start, load_unet, unet_config
 from backend.training.models.texture_encoder import load_texture_encoder
+from backend.training.prefetch import ahead
 from backend.training.prepared import Prepared, reference_candidates
+from backend.training.processes import Processes
 from backend.training.stage2_cache import CacheKey, build_latents, build_prompts
-from backend.training.stage2_data import Batches, Split
+from backend.training.stage2_data import Batch, Batches, Split
 from backend.training.stage2_files import FORMAT, LATEST, PREFIX, log_path, log_rows, texture_encoder_path
 from backend.training.stage2_step import Stage2Step, build_optimizer, ready_for_training, weights_dtype
+from backend.training.stage2_weights import MovingAverage, checkpoint_tensors, restore, trained
 from backend.tryon import conditioning
 from backend.tryon.painter import device_and_dtype
 from backend.tryon.sampling import Sampler, sample, scheduler_config
@@ -44,9 +48,15 @@ VALIDATION_TIMESTEPS = (50, 200, 400, 600, 800, 950)
 class Stage2Run:
     """One training run: networks, caches, optimizer and position."""
 
-    def __init__(self, config: Config, digest: str) -> None:
+    def __init__(self, config: Config, digest: str, processes: Processes | None = None) -> None:
         self.config, self.digest = config, digest
-        self.device, _ = device_and_dtype(config)
+        self.processes = processes or Processes(device_and_dtype(config)[0])
+        self.device = self.processes.device
+        if self.processes.count > 1 and presets.of(config.train).inside_backward:
+            raise UsageError(
+                f"train.preset {config.train.preset} steps inside the backward pass and cannot average over {self.processes.count} processes",
+                hint="start one process, or take preset lora, partial or full-80gb",
+            )
         base = conditioning.inpainting_folder(config.paths.weights)
         prepared = Prepared(config.paths.processed)
         key = CacheKey.of(config, prepared, texture_encoder_path(config))
@@ -59,9 +69,13 @@ class Stage2Run:
         self.batches = Batches(config.train, self.splits, self.prompts, timesteps=noising.steps, device=self.device)
         self.model = self._build_model(base)
         self.names: dict[torch.Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
-        self.optimizer = build_optimizer(self.model, config.train)
+        self.optimizer = build_optimizer(self.model, config.train, processes=self.processes)
+        train = config.train
+        self.average = MovingAverage(trained(self.model), decay=train.ema, every=train.ema_every) if train.ema else None
         perceptual = load_perceptual(config.paths.weights)[0].to(self.device) if config.train.texture_every else None
-        self.train_step = Stage2Step(config, self.model, self.optimizer, noising, vae=self.vae, perceptual=perceptual)
+        self.train_step = Stage2Step(
+            config, self.model, self.optimizer, noising, vae=self.vae, perceptual=perceptual, processes=self.processes
+        )
         self.step, self.resumed_at = 0, -1
         self.loss_first: float | None = None
         self.loss_last: float | None = None
@@ -80,7 +94,7 @@ class Stage2Run:
     def _build_model(self, base: Any) -> HairInpaintingUNet:
         torch.manual_seed(self.config.train.seed)  # the injector's initial weights
         train = self.config.train
-        model = HairInpaintingUNet(load_unet(base / "unet", weights_dtype(train.preset)), train.style_tokens)
+        model = HairInpaintingUNet(load_unet(base / "unet", weights_dtype(train.preset)), train.style_tokens, train.injection)
         if train.start is not None:
             load_start(model, train.start)
         return ready_for_training(model, train, self.device)
@@ -90,12 +104,12 @@ class Stage2Run:
     def train(self) -> None:
         """Runs from the current position to the last step."""
         train = self.config.train
-        count = len(self.splits["train"].latents)
-        epoch_steps = max(1, math.ceil(count / train.batch_size))
+        count, size = len(self.splits["train"].latents), train.batch_size * train.accumulate * self.processes.count
+        epoch_steps = max(1, math.ceil(count / size))
         progress = console.Progress("training", train.steps, unit="step")
         progress.start_at(self.step)
-        stream = batches(count, train.batch_size, train.seed, self.step, train.steps)
-        with console.stop_requests() as stop:
+        stream = batches(count, size, train.seed, self.step, train.steps)
+        with contextlib.closing(ahead(self._drawn, stream, workers=train.prefetch)) as drawn, console.stop_requests() as stop:
             while True:
                 last = self.step == train.steps
                 if self.step != self.resumed_at:
@@ -104,16 +118,24 @@ class Stage2Run:
                     break
                 if stop.requested:
                     raise KeyboardInterrupt
-                step, indices = next(stream)
-                parts = self.train_step(self.batches.batch("train", indices, step), step)
+                step, batch = next(drawn)
+                parts = self.train_step(batch, step)
                 self.step = step + 1
+                if self.average is not None:
+                    self.average.update(self.step)
                 if self.step % train.log_every == 0 or self.step == train.steps:
-                    self._log({"step": self.step, **parts, "samples_per_s": round(progress.rate() * train.batch_size, 3)})
+                    self._log({"step": self.step, **parts, "samples_per_s": round(progress.rate() * size, 3)})
                 progress.update(note=f"loss {parts['loss']:.4f}")
 
+    def _drawn(self, item: tuple[int, np.ndarray]) -> tuple[int, Batch]:
+        step, indices = item
+        return step, self.batches.batch("train", indices, step, rows=self.processes.rows(len(indices)))
+
     def _look_and_save(self, last: bool, epoch_steps: int, *, stopping: bool) -> None:
-        """What happens between steps: evaluate, preview, save."""
+        """What happens between steps, in the first process: evaluate, preview, save."""
         train = self.config.train
+        if not self.processes.is_main:
+            return
         if self.step % train.validate_every == 0 or last:
             self._validate()
         if train.preview_every and (self.step % train.preview_every == 0 or last):
@@ -175,14 +197,15 @@ class Stage2Run:
                 f"{found.weights_path.name} was trained with other settings, data or Stage 1 encoder{_differences(found.header, self.config)}",
                 hint="restore those, or start over in a new folder: paths.checkpoints=FOLDER",
             )
-        self.model.load_state_dict(found.weights)
+        states = restore(self.model, self.average, found.weights, found.optimizer)
         if isinstance(self.optimizer, FusedFactoredAdam):
-            self.optimizer.restore(found.optimizer)
+            self.optimizer.restore(states)
         else:
-            checkpoints.restore_optimizer(self.optimizer, self.names, found.optimizer)
+            checkpoints.restore_optimizer(self.optimizer, self.names, states)
         self.step = self.resumed_at = int(found.position["step"])
         self.loss_first, self.loss_last = found.position["loss_first"], found.position["loss_last"]
-        self._trim_log()
+        if self.processes.is_main:
+            self._trim_log()
         logger.info("going on from %s", found.weights_path.name)
 
     def result(self) -> dict[str, Any]:
@@ -196,19 +219,23 @@ class Stage2Run:
             if isinstance(self.optimizer, FusedFactoredAdam)
             else checkpoints.optimizer_tensors(self.optimizer, self.names)
         )
+        weights, resume = checkpoint_tensors(self.model, self.average)
         header = {
             "format": FORMAT, "step": self.step, "run": self.digest, "config": config.resolved(), "unet_config": unet_config(self.model.unet),
-            "style_tokens": config.train.style_tokens, "preset": config.train.preset, "weights": pretrained.describe(config.paths.weights),
+            "style_tokens": config.train.style_tokens, "injection": config.train.injection,
+            "preset": config.train.preset, "weights": pretrained.describe(config.paths.weights),
             "result": self.result(),
         }  # fmt: skip
         saved = checkpoints.save(
-            folder, name, weights=self.model.state_dict(), optimizer=states,
+            folder, name, weights=weights, optimizer={**states, **resume},
             position={"step": self.step, "loss_first": self.loss_first, "loss_last": self.loss_last}, header=header,
         )  # fmt: skip
         checkpoints.link(saved, LATEST)
         checkpoints.prune(folder, PREFIX, config.train.keep)
 
     def _log(self, row: dict[str, Any]) -> None:
+        if not self.processes.is_main:
+            return
         path = log_path(self.config)
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as handle:

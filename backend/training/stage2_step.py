@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -11,13 +10,17 @@ from torch import nn
 
 from backend.config import Config, TrainConfig
 from backend.errors import DeepHairError
+from backend.training import presets
 from backend.training.keyed import warmup_cosine
 from backend.training.lowmem import Arithmetic, FusedFactoredAdam
+from backend.training.lowmem_gathered import GatheredFactoredAdam
 from backend.training.models import losses
 from backend.training.models.perceptual import PerceptualNet
 from backend.training.models.schedule import NoiseSchedule
 from backend.training.models.stage2_unet import HairInpaintingUNet, time_ids
+from backend.training.processes import Processes
 from backend.training.stage2_data import Batch
+from backend.training.stage2_weights import choose_trained, trained
 from backend.tryon import conditioning
 
 Optimizer = torch.optim.Optimizer | FusedFactoredAdam
@@ -25,25 +28,34 @@ Optimizer = torch.optim.Optimizer | FusedFactoredAdam
 
 def weights_dtype(preset: str) -> torch.dtype:
     """What a preset keeps the UNet's weights in while training."""
-    return torch.bfloat16 if preset == "full-12gb" else torch.float32
+    return torch.bfloat16 if presets.PRESETS[preset].bf16 else torch.float32
 
 
 def ready_for_training(model: HairInpaintingUNet, train: TrainConfig, device: torch.device) -> HairInpaintingUNet:
-    """The network in the preset's precision on the device; the small injector stays in float32."""
+    """The network in the preset's precision on the device, frozen where the preset does not train; the injector stays in float32."""
     model.unet.to(weights_dtype(train.preset))
+    choose_trained(model, train)
     if train.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     return model.to(device).train()
 
 
-def build_optimizer(model: nn.Module, train: TrainConfig, arithmetic: Arithmetic = "auto") -> Optimizer:
-    """The preset's optimizer over all parameters, the injector's with a rate of its own."""
-    rates: Iterable[tuple[str, nn.Parameter, float]] = [
-        (name, parameter, train.injector_lr if name.startswith("injector.") else train.lr) for name, parameter in model.named_parameters()
+def build_optimizer(model: nn.Module, train: TrainConfig, arithmetic: Arithmetic = "auto", processes: Processes | None = None) -> Optimizer:
+    """The preset's optimizer over all that it trains, the injector's with a rate of its own."""
+    preset = presets.of(train)
+    rates: list[tuple[str, nn.Parameter, float]] = [
+        (name, parameter, train.injector_lr if name.startswith("injector.") else train.lr) for name, parameter in trained(model).items()
     ]
-    if train.preset == "full-12gb":
-        clip_norm = train.clip_norm if train.clipping == "previous-norm" else None
-        return FusedFactoredAdam(rates, weight_decay=train.weight_decay, seed=train.seed, clip_norm=clip_norm, arithmetic=arithmetic)
+    if preset.inside_backward:
+        return FusedFactoredAdam(
+            rates, weight_decay=train.weight_decay, seed=train.seed, momentum=preset.momentum, arithmetic=arithmetic,
+            clip_norm=train.clip_norm if train.clipping == "previous-norm" else None,
+        )  # fmt: skip
+    if not preset.adamw:
+        return GatheredFactoredAdam(
+            rates, weight_decay=train.weight_decay, seed=train.seed, clip_norm=train.clip_norm, accumulate=train.accumulate,
+            processes=processes, arithmetic=arithmetic,
+        )  # fmt: skip
     groups: dict[float, list[nn.Parameter]] = {}
     for _, parameter, rate in rates:
         groups.setdefault(rate, []).append(parameter)
@@ -64,9 +76,11 @@ class Stage2Step:
         *,
         vae: Any,
         perceptual: PerceptualNet | None,
+        processes: Processes | None = None,
     ) -> None:
         self.config, self.model, self.optimizer, self.noising = config, model, optimizer, noising
-        self._vae, self._perceptual = vae, perceptual
+        self._vae, self._perceptual, self._processes = vae, perceptual, processes
+        self._autocast = presets.of(config.train).autocast
         parameter = next(model.unet.parameters())
         self._device, self._dtype = parameter.device, parameter.dtype
         self._time_ids: dict[int, torch.Tensor] = {}
@@ -74,28 +88,43 @@ class Stage2Step:
     def __call__(self, batch: Batch, step: int) -> dict[str, float]:
         """Trains on a batch as the 0-based ``step`` and returns the loss, its parts and the learning rate.
 
-        Raises DeepHairError, with nothing of the step applied, when the loss is not finite.
+        The batch is taken in ``train.accumulate`` equal parts one after the other. Raises DeepHairError, with nothing of the step
+        applied, when the loss is not finite.
         """
         train = self.config.train
         factor = warmup_cosine(step, warmup=train.warmup, total=train.steps, floor=0.1) if train.warmup else 1.0
-        loss, parts = self.loss(batch, step)
-        if not bool(torch.isfinite(loss)):
-            raise DeepHairError(
-                f"the loss is {float(loss.detach())} at step {step}; nothing of this step was applied (photos {', '.join(batch.ids)})",
-                hint="the last checkpoint is intact: look at those photos, lower train.lr, and run again to go on from it",
-                code="non_finite_loss",
-            )
-        self._update(loss, step, factor)
-        return {"loss": float(loss.detach()), **{name: float(part) for name, part in parts.items()}, "lr": train.lr * factor}
-
-    def _update(self, loss: torch.Tensor, step: int, factor: float) -> None:
         if isinstance(self.optimizer, FusedFactoredAdam):
             self.optimizer.begin(step, factor)
-            loss.backward()
+        total, sums = 0.0, dict[str, float]()
+        for micro in batch.split(train.accumulate):
+            loss, parts = self.loss(micro, step)
+            if not bool(torch.isfinite(loss)):
+                raise DeepHairError(
+                    f"the loss is {float(loss.detach())} at step {step}; nothing of this step was applied (photos {', '.join(micro.ids)})",
+                    hint="the last checkpoint is intact: look at those photos, lower train.lr, and run again to go on from it",
+                    code="non_finite_loss",
+                )
+            self._backward(loss)
+            total += float(loss.detach()) / train.accumulate
+            for name, part in parts.items():
+                sums[name] = sums.get(name, 0.0) + float(part) / train.accumulate
+        self._update(factor)
+        return {"loss": total, **sums, "lr": train.lr * factor}
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        if isinstance(self.optimizer, FusedFactoredAdam):
+            loss.backward()  # the optimizer takes the gradients as they come and knows of the parts
+        else:
+            (loss / self.config.train.accumulate).backward()
+
+    def _update(self, factor: float) -> None:
+        if isinstance(self.optimizer, FusedFactoredAdam):
             self.optimizer.end()
             return
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.clip_norm)
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"] if parameter.grad is not None]
+        if self._processes is not None:
+            self._processes.average(parameter.grad for parameter in parameters)
+        torch.nn.utils.clip_grad_norm_(parameters, self.config.train.clip_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
         self.optimizer.step()
@@ -131,9 +160,10 @@ class Stage2Step:
             self._time_ids[count] = time_ids(count, self.config.data.resolution).to(self._device, self._dtype)
         noisy = self.noising.add_noise(batch.photo, batch.noise, batch.timesteps).to(self._dtype)
         conditions = batch.conditions.to(self._device, self._dtype)
-        prediction = self.model(
-            noisy, batch.mask.to(self._dtype), batch.bald.to(self._dtype), batch.timesteps, conditions, self._time_ids[count]
-        )
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast):
+            prediction = self.model(
+                noisy, batch.mask.to(self._dtype), batch.bald.to(self._dtype), batch.timesteps, conditions, self._time_ids[count]
+            )
         return noisy.float(), prediction.float()
 
     def _texture_loss(self, batch: Batch, noisy: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor | None:

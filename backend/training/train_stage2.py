@@ -17,13 +17,17 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from backend import artifacts, console, weights
 from backend.config import Config
 from backend.errors import DeepHairError, MissingInputError, UsageError, require_all
 from backend.training import results
 from backend.training.stage2_files import LATEST, PREFIX, require_texture_encoder, texture_encoder_path
+
+if TYPE_CHECKING:
+    from backend.training.processes import Processes
+    from backend.training.stage2_run import Stage2Run
 
 logger = logging.getLogger(__name__)
 
@@ -90,20 +94,56 @@ def train(config: Config, *, resume: bool = True) -> dict[str, Any]:
     os.environ.setdefault(
         "PYTORCH_ALLOC_CONF", "expandable_segments:True"
     )  # read when torch first allocates on a card: less is lost to gaps
-    from backend.training.stage2_run import Stage2Run  # late: torch and diffusers
+    import torch  # late: heavy
+
+    from backend.training import presets
+    from backend.training.device_memory import cap_memory
+    from backend.training.processes import Processes
+    from backend.tryon.painter import device_and_dtype
 
     start = time.monotonic()
+    processes = Processes(device_and_dtype(config)[0])
+    cap_memory(processes.device, config.train.memory_fraction)
+    try:
+        run = (
+            _run_first(config, processes, resume=resume, start=start)
+            if processes.is_main
+            else _run_beside(config, processes, resume=resume)
+        )
+    except torch.OutOfMemoryError as error:
+        raise presets.out_of_memory(config.train, error) from error
+    return {"seconds": round(time.monotonic() - start, 3), **run.result()}
+
+
+def _run_first(config: Config, processes: Processes, *, resume: bool, start: float) -> Stage2Run:
+    """The only process, or the one that holds the folder, builds the caches, looks and saves."""
+    from backend.training.stage2_run import Stage2Run
+
     with artifacts.folder_lock(config.paths.checkpoints):
         artifacts.remove_stale_temporaries(config.paths.checkpoints)
-        run = Stage2Run(config, run_digest(config))
+        run = Stage2Run(config, run_digest(config), processes)
         if resume:
             run.resume()
         else:
             _refuse_to_overwrite(config)
+        processes.wait()  # the caches are there
+        processes.wait()  # the others have read the checkpoint
         run.train()
-        result = {"seconds": round(time.monotonic() - start, 3), **run.result()}
-        results.record(config, "train", result)
-    return result
+        results.record(config, "train", {"seconds": round(time.monotonic() - start, 3), **run.result()})
+    return run
+
+
+def _run_beside(config: Config, processes: Processes, *, resume: bool) -> Stage2Run:
+    """A further process: it reads what the first prepared and writes nothing."""
+    from backend.training.stage2_run import Stage2Run
+
+    processes.wait()
+    run = Stage2Run(config, run_digest(config), processes)
+    if resume:
+        run.resume()
+    processes.wait()
+    run.train()
+    return run
 
 
 def check_inputs(config: Config) -> None:

@@ -48,6 +48,7 @@ def write_bundle(path: Path, model: HairInpaintingUNet, texture_encoder: Texture
         "content_sha256": content_digest(tensors),
         "unet_config": unet_config(model.unet),
         "style_tokens": model.injector.style_tokens,
+        "injection": model.injection,
         "texture_layers": list(texture_encoder.layers),
     }
     return artifacts.save_tensors(path, tensors, {**header, **own})
@@ -116,7 +117,7 @@ def _check_header(path: Path, header: dict[str, Any]) -> None:
 
 def _skeleton(path: Path, header: dict[str, Any]) -> tuple[HairInpaintingUNet, TextureEncoder]:
     try:
-        model = HairInpaintingUNet(empty_unet(header["unet_config"]), int(header["style_tokens"]))
+        model = HairInpaintingUNet(empty_unet(header["unet_config"]), int(header["style_tokens"]), header.get("injection", "appended"))
         return model, TextureEncoder(tuple(int(n) for n in header["texture_layers"]))
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise InvalidArtifactError(f"{path}: its header describes no network that can be built: {error}") from error

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from backend import artifacts
 from backend.errors import InvalidArtifactError
+from backend.training.models.decoupled import decouple
 
 STYLE_WIDTH = 2048  # the Stage 1 embedding
 IDENTITY_WIDTH = 512
@@ -60,8 +61,10 @@ class CrossAttentionInjector(nn.Module):
         self.style_null = nn.Parameter(torch.zeros(1, style_tokens, width))
         self.identity_null = nn.Parameter(torch.zeros(1, 1, width))
 
-    def forward(self, conditions: Conditions) -> torch.Tensor:
-        """The context (B, 77 + S + 1, D)."""
+    def forward(self, conditions: Conditions, *, tokens: bool = True) -> torch.Tensor:
+        """The context (B, 77 + S + 1, D), or with ``tokens`` false, which masks them out wholly, the text alone (B, 77, D)."""
+        if not tokens:
+            return conditions.text
         if conditions.style.shape[1:] != (self.style_tokens, STYLE_WIDTH):
             raise ValueError(f"style features must be (B, {self.style_tokens}, {STYLE_WIDTH}), got {tuple(conditions.style.shape)}")
         own = self.style_null.dtype  # a bf16 UNet may keep its small injector in float32
@@ -72,12 +75,20 @@ class CrossAttentionInjector(nn.Module):
 
 
 class HairInpaintingUNet(nn.Module):
-    """The UNet and its injector, each registered once: ``unet.*`` and ``injector.*``."""
+    """The UNet and its injector, each registered once: ``unet.*`` and ``injector.*``.
 
-    def __init__(self, unet: Any, style_tokens: int = 1) -> None:
+    injection: "appended" tokens share the text's keys, values and softmax, so even unlearnt ones take attention from it; "decoupled"
+    ones have their own (``injector.branches``), gated by zero at first.
+    """
+
+    def __init__(self, unet: Any, style_tokens: int = 1, injection: str = "appended") -> None:
         super().__init__()
-        self.unet = unet
+        if injection not in ("appended", "decoupled"):
+            raise ValueError(f"injection must be 'appended' or 'decoupled', got {injection!r}")
+        self.unet, self.injection = unet, injection
         self.injector = CrossAttentionInjector(unet.config.cross_attention_dim, style_tokens)
+        if injection == "decoupled":
+            self.injector.branches = decouple(unet)
 
     def enable_gradient_checkpointing(self) -> None:
         """Recomputes each block's activations in the backward pass. Nothing here draws random numbers, so no generator state is kept."""
@@ -95,15 +106,18 @@ class HairInpaintingUNet(nn.Module):
         timesteps: torch.Tensor,
         conditions: Conditions,
         time_ids: torch.Tensor,
+        *,
+        tokens: bool = True,
     ) -> torch.Tensor:
         """The predicted noise (B, 4, h, w).
 
         noisy, bald: (B, 4, h, w) latents, scaled. mask: (B, 1, h, w) 0 or 1. timesteps: (B,) int64 0..999. time_ids: (B, 6).
+        tokens: false masks style and identity tokens out wholly; the network is then the base.
         """
         sample = torch.cat([noisy, mask, bald], dim=1)
         added = {"text_embeds": conditions.pooled, "time_ids": time_ids}
         prediction: torch.Tensor = self.unet(
-            sample, timesteps, encoder_hidden_states=self.injector(conditions), added_cond_kwargs=added, return_dict=False
+            sample, timesteps, encoder_hidden_states=self.injector(conditions, tokens=tokens), added_cond_kwargs=added, return_dict=False
         )[0]
         return prediction
 
@@ -155,7 +169,7 @@ def load_start(model: HairInpaintingUNet, path: Path) -> None:
         model.load_state_dict(tensors)
     except RuntimeError as error:
         raise InvalidArtifactError(
-            f"{path} does not fit this network: {error}", hint="the same base model and train.style_tokens are needed"
+            f"{path} does not fit this network: {error}", hint="the same base model, train.style_tokens and train.injection are needed"
         ) from error
     if not all(bool(torch.isfinite(tensor).all()) for tensor in model.state_dict().values()):
         raise InvalidArtifactError(f"{path} holds values that are not finite")

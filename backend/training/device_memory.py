@@ -1,0 +1,35 @@
+"""A bound on what this process takes of a card, so that running out is an error and not a silent spill to host memory."""
+
+from __future__ import annotations
+
+import logging
+import platform
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+GIB = 2**30
+
+
+def cap_memory(device: torch.device, fraction: float) -> float | None:
+    """Bounds PyTorch's allocations to ``fraction`` of the card's free memory and says so; returns the bound in GiB, None without a card.
+
+    Windows' driver, and with it WSL, pages a card's memory out to the host when it is full: steps then take 50 to 100 times as long
+    and nothing is said (training_memory.md, section 6). Below the bound that cannot happen; above it, torch.OutOfMemoryError is raised.
+    """
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    bound = fraction * free
+    torch.cuda.set_per_process_memory_fraction(bound / total, device)
+    where = " (WSL: beyond it the driver would page to host memory)" if in_wsl() else ""
+    logger.info(
+        "memory of this process is bounded to %.1f of the card's %.1f GiB%s; train.memory_fraction", bound / GIB, total / GIB, where
+    )
+    return bound / GIB
+
+
+def in_wsl() -> bool:
+    """Whether this Linux runs inside Windows."""
+    return "microsoft" in platform.release().lower()

@@ -1,0 +1,166 @@
+"""Stage 2 stopped at its worst moments: a resumed run ends with the bits of one that never stopped, and no save leaves rubbish."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from backend import artifacts
+from backend.config import REPO_ROOT
+from backend.training.prepared import Prepared
+from tests.conftest import World
+
+STEPS = 6
+
+# Trains as `deephair train` does and kills itself at the named point; "never" runs through.
+DRIVER = """
+import os, signal, sys
+from backend import artifacts, cli
+from backend.training import checkpoints, lowmem, stage2_run, stage2_step
+
+point, arguments = sys.argv[1], sys.argv[2:]
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def before(owner, name, when):
+    original = getattr(owner, name)
+    calls = []
+    def patched(*given, **named):
+        calls.append(None)
+        if when(len(calls), *given, **named):
+            die()
+        return original(*given, **named)
+    setattr(owner, name, patched)
+
+Step, Run = stage2_step.Stage2Step, stage2_run.Stage2Run
+if point == "epoch-end":  # the epoch's checkpoint stands, nothing after it has begun
+    before(Step, "__call__", lambda n, self, batch, step: step > 0 and (checkpoint_folder(self) / "stage2_epoch_1.state").is_dir())
+elif point in ("mid-epoch", "worker-count"):  # a step after the checkpoint of step 2, inside the first epoch
+    before(Step, "__call__", lambda n, self, batch, step: step == 3)
+elif point == "mid-step":  # in the middle of the fourth step's backward pass
+    before(Step, "_backward", lambda n, self, loss: False)
+    original = lowmem.FusedFactoredAdam.begin
+    def begin(self, update, factor):
+        original(self, update, factor)
+        if update == 3:
+            taken = []
+            step = self._step
+            def counted(slot, gradient):
+                taken.append(None)
+                if len(taken) == 40:
+                    die()
+                return step(slot, gradient)
+            self._step = counted
+    lowmem.FusedFactoredAdam.begin = begin
+elif point == "mid-accumulation":  # the second micro-batch of the fourth step
+    before(Step, "_backward", lambda n, self, loss: n == 3 * 2 + 2)
+elif point == "during-save":  # the second checkpoint's weights are written, its state is not
+    before(artifacts, "write_json", lambda n, path, *_: path.name == "state.json" and "step_4" in str(path))
+elif point == "kill-9":  # whenever it comes: from a thread, half a second after the first checkpoint
+    import threading
+    original_save = checkpoints.save
+    def save(*given, **named):
+        threading.Timer(0.5, die).start()
+        return original_save(*given, **named)
+    checkpoints.save = save
+
+def checkpoint_folder(step):
+    return step.config.paths.checkpoints
+
+raise SystemExit(cli.main(["train", *arguments]))
+"""
+
+
+def _train(world: World, point: str, **changes: object) -> int:
+    command = [sys.executable, "-c", DRIVER, point, *world.arguments(**changes)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO_ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode in (0, -9), done.stderr[-2000:]
+    return done.returncode
+
+
+def _fresh(finished: World, folder: Path) -> World:
+    """The finished world's data without its Stage 2."""
+    world = finished.copy(folder)
+    (world.root / "processed").symlink_to(finished.root / "processed")
+    (world.root / "checkpoints").mkdir()
+    shutil.copy(finished.root / "checkpoints/texture_encoder.safetensors", world.root / "checkpoints")
+    return world
+
+
+def _end(world: World) -> dict[str, torch.Tensor]:
+    folder = world.root / "checkpoints"
+    return {**artifacts.load_tensors(folder / f"stage2_step_{STEPS}.safetensors"),
+            **artifacts.load_tensors(folder / f"stage2_step_{STEPS}.state/optimizer.safetensors")}  # fmt: skip
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("preset", ["full-12gb", "lora"])
+def test_a_run_stopped_at_six_points_ends_with_the_same_bits(finished_world: World, tmp_path: Path, preset: str) -> None:
+    accumulate = 2 if preset == "lora" else 1
+    photos = len(Prepared(finished_world.root / "processed").rows("train"))
+    size = -(-photos // 5)  # five steps to an epoch
+    changes = {"train__preset": preset, "train__steps": STEPS, "train__save_every": 2, "train__validate_every": STEPS, "train__preview_every": 0,
+               "train__texture_every": 0, "train__accumulate": accumulate, "train__batch_size": -(-size // accumulate), "train__lr": 1e-4}  # fmt: skip
+    undisturbed = _fresh(finished_world, tmp_path / "undisturbed")
+    assert _train(undisturbed, "never", **changes) == 0
+    expected = _end(undisturbed)
+    middle = "mid-accumulation" if preset == "lora" else "mid-step"
+    for point in ("epoch-end", "mid-epoch", middle, "during-save", "kill-9", "worker-count"):
+        world = _fresh(finished_world, tmp_path / point)
+        assert _train(world, point, **changes) == -9 or point == "kill-9", point
+        assert _train(world, "never", **changes, **({"train__prefetch": 4} if point == "worker-count" else {})) == 0
+        found = _end(world)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected), point
+        shutil.rmtree(world.root / "checkpoints")
+
+
+# One process that has torch loaded forks 50 savers, each killed at a moment of its own; after each the newest checkpoint must load.
+SAVER = """
+import os, random, signal, sys, time
+from pathlib import Path
+import torch
+from backend.training import checkpoints
+torch.set_num_threads(1)
+folder = Path(sys.argv[1])
+draw, position, unloadable, inside = random.Random(7), 0, 0, 0
+for kill in range(50):
+    child = os.fork()
+    if child == 0:
+        step = position
+        while True:
+            step += 1
+            values = {f"w{n}": torch.full((64, 256), float(step)) for n in range(4)}
+            checkpoints.save(folder, f"stage2_step_{step}", weights=values, optimizer=values, position={"step": step}, header={})
+            checkpoints.prune(folder, "stage2", 2)
+    time.sleep(draw.uniform(0.05, 0.4))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    inside += any(path.name.startswith(".") for path in folder.iterdir())
+    found = checkpoints.newest(folder, "stage2")
+    if found is None:
+        unloadable += position > 0
+        continue
+    whole = all(bool((value == found.position["step"]).all()) for part in (found.weights, found.optimizer) for value in part.values())
+    unloadable += not whole or found.position["step"] < position
+    position = found.position["step"]
+print(position, unloadable, inside)
+"""
+
+
+@pytest.mark.long
+def test_fifty_kills_during_saves_leave_a_whole_checkpoint_each_time(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", SAVER, str(tmp_path)], cwd=REPO_ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    position, unloadable, inside = (int(word) for word in done.stdout.split())
+    print(f"{position} saves, {inside} of 50 kills inside one, {unloadable} unloadable")
+    assert position > 50 and inside > 5, "the kills must fall into saves"
+    assert unloadable == 0
