@@ -16,7 +16,6 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from app_standin import Live, StandIn, app_config, composite, decoded, picture, png, serving
 from PIL import Image
 
 from backend import weights as pretrained
@@ -25,6 +24,7 @@ from backend.app.events import EventHub
 from backend.app.worker import is_out_of_memory, mask_to_bytes
 from backend.errors import DeepHairError
 from backend.tryon.pipeline import TryOnRequest
+from tests.app_standin import Live, StandIn, app_config, composite, decoded, picture, png, serving
 
 SNAPSHOT = Path(__file__).parent / "openapi.json"
 
@@ -334,7 +334,7 @@ def test_logs_hold_neither_whole_ids_nor_words(live: Live, caplog: pytest.LogCap
 
 
 def test_the_openapi_document_is_the_agreed_one(tmp_path: Path) -> None:
-    """Changed on purpose? Then write it anew: python -c 'import test_app; test_app.write_snapshot()' in tests/."""
+    """Changed on purpose? Then write it anew: python -c 'from tests import test_app; test_app.write_snapshot()'."""
     document = create_app(app_config(tmp_path)).openapi()
     assert document == json.loads(SNAPSHOT.read_text(encoding="utf-8"))
 

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from app_standin import Live, app_config, picture, png, serving
 from PIL import Image, PngImagePlugin
 
 from backend.app.telemetry import resident_bytes
+from tests.app_standin import Live, app_config, picture, png, serving
 
 KEY = "correct horse"
 LIMIT_MB = 2

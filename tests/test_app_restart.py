@@ -12,11 +12,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import app_standin
 import httpx
 import numpy as np
 import pytest
-from app_standin import StandIn, app_config, composite, decoded, picture, png, serving
 
 from backend import artifacts
 from backend.app.api import create_app
@@ -24,6 +22,8 @@ from backend.app.jobs import MAX_ATTEMPTS, JobStore, State
 from backend.app.server import run_app
 from backend.errors import DeepHairError
 from backend.tryon.pipeline import TryOnRequest
+from tests import app_standin
+from tests.app_standin import StandIn, app_config, composite, decoded, picture, png, serving
 
 
 def test_a_killed_servers_jobs_are_queued_again_in_order_and_given_up_after_some_tries(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def kill_story(folder: Path, processes: Any, *, kills: int, seed: int) -> None:
 def processes() -> multiprocessing.context.ForkServerContext:
     """Starts servers from a process that has paid for the imports once."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["app_standin"])
+    context.set_forkserver_preload(["tests.app_standin"])
     return context
 
 
