@@ -27,7 +27,7 @@ UPDATES = 2
 
 
 def optimizer_pair(
-    device: torch.device, dtype: torch.dtype, clip_norm: float | None
+    device: torch.device, dtype: torch.dtype, clip_norm: float | None, momentum: bool
 ) -> list[tuple[FusedFactoredAdam, dict[str, nn.Parameter]]]:
     """The kernels on ``device`` and the eager twin on the CPU, over equal parameters."""
     draw = torch.Generator().manual_seed(3)
@@ -36,13 +36,15 @@ def optimizer_pair(
     for arithmetic, place in (("triton", device), ("eager", torch.device("cpu"))):
         parameters = {name: nn.Parameter(value.clone().to(place)) for name, value in values.items()}
         rates = [(name, parameter, 1e-3) for name, parameter in parameters.items()]
-        pair.append((FusedFactoredAdam(rates, weight_decay=0.1, seed=7, clip_norm=clip_norm, arithmetic=arithmetic), parameters))
+        pair.append(
+            (FusedFactoredAdam(rates, weight_decay=0.1, seed=7, clip_norm=clip_norm, momentum=momentum, arithmetic=arithmetic), parameters)
+        )
     return pair
 
 
-def compare(device: torch.device, dtype: torch.dtype, clip_norm: float | None) -> dict[str, Any]:
+def compare(device: torch.device, dtype: torch.dtype, clip_norm: float | None, momentum: bool) -> dict[str, Any]:
     """Runs both for a few updates on equal gradients and returns the largest differences, in the units named."""
-    pair = optimizer_pair(device, dtype, clip_norm)
+    pair = optimizer_pair(device, dtype, clip_norm, momentum)
     draw = torch.Generator().manual_seed(4)
     for number in range(UPDATES):
         # Columns of very different sizes, and outliers that the bound on the update's size cuts.
@@ -63,15 +65,16 @@ def compare(device: torch.device, dtype: torch.dtype, clip_norm: float | None) -
         different += int((gap > 0).sum())
         far += int((gap > 4 * ulp * want.abs() + 1e-7).sum())
         total += gap.numel()
-        momenta = [dequantized(s[f"{name}|momentum"], s[f"{name}|scale"], parameter.shape) for s in (states, wanted)]
-        quantum = wanted[f"{name}|scale"].repeat_interleave(256)[: parameter.numel()].view(parameter.shape)
-        momentum_steps = max(momentum_steps, float(((momenta[0] - momenta[1]).abs() / quantum.clamp_min(1e-30)).max()))
+        if momentum:
+            momenta = [dequantized(s[f"{name}|momentum"], s[f"{name}|scale"], parameter.shape) for s in (states, wanted)]
+            quantum = wanted[f"{name}|scale"].repeat_interleave(256)[: parameter.numel()].view(parameter.shape)
+            momentum_steps = max(momentum_steps, float(((momenta[0] - momenta[1]).abs() / quantum.clamp_min(1e-30)).max()))
         for field in ("row", "column"):
             theirs = wanted[f"{name}|{field}"]
             moments = max(moments, float(((states[f"{name}|{field}"] - theirs).abs() / theirs).max()))
     norms = [float(s["clipping|previous_square"]) ** 0.5 for s in (states, wanted)]
     return {
-        "dtype": str(dtype).removeprefix("torch."), "clip_norm": clip_norm, "weights_different_share": different / total,
+        "dtype": str(dtype).removeprefix("torch."), "clip_norm": clip_norm, "momentum": momentum, "weights_different_share": different / total,
         "weights_far_share": far / total, "momentum_max_steps": momentum_steps, "second_moment_max_relative": moments,
         "norm_relative": abs(norms[0] - norms[1]) / norms[1],
     }  # fmt: skip
@@ -90,8 +93,9 @@ def agrees(row: dict[str, Any]) -> bool:
 
 
 def check(device: torch.device) -> list[dict[str, Any]]:
-    """Both weight types and both kinds of clipping; each row says whether it agrees."""
-    rows = [compare(device, dtype, clip) for dtype, clip in ((torch.bfloat16, None), (torch.float32, 0.5))]
+    """Both weight types, both kinds of clipping, with and without momentum; each row says whether it agrees."""
+    kinds = ((torch.bfloat16, None, True), (torch.float32, 0.5, True), (torch.bfloat16, None, False))
+    rows = [compare(device, *kind) for kind in kinds]
     return [{**row, "agrees": agrees(row)} for row in rows]
 
 

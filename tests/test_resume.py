@@ -162,5 +162,5 @@ def test_fifty_kills_during_saves_leave_a_whole_checkpoint_each_time(tmp_path: P
     assert done.returncode == 0, done.stderr
     position, unloadable, inside = (int(word) for word in done.stdout.split())
     print(f"{position} saves, {inside} of 50 kills inside one, {unloadable} unloadable")
-    assert position > 50 and inside > 5, "the kills must fall into saves"
+    assert position > 20 and inside > 20, "the kills must fall into saves"
     assert unloadable == 0
