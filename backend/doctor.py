@@ -192,7 +192,7 @@ def mount_lines(config: Config) -> Iterator[Line]:
 
 
 def shared_memory_line(config: Config) -> Line:
-    """/dev/shm, through which data workers hand over their batches; containers have 64 MB of it by default."""
+    """The shared memory through which data workers hand over their batches; containers have 64 MB of it by default."""
     path = Path("/dev/shm")  # noqa: S108 - it is looked at, nothing is written
     if not path.is_dir():
         return Line("shared memory", "warning", f"no {path}", "texture.workers=0")

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import huggingface_hub.constants
+import huggingface_hub.utils._http
 import numpy as np
 import pytest
 import torch
@@ -144,11 +145,17 @@ def test_a_file_other_than_the_published_one_is_refused_before_a_byte_is_fetched
         assert {method for method, _, _ in served.requests} == {"HEAD"} and not list(tmp_path.iterdir())
 
 
-def test_a_repository_without_the_file_and_a_hub_that_is_down_are_told_apart(hub: Hub, tmp_path: Path) -> None:
+def test_a_repository_without_the_file_and_a_hub_that_is_down_are_told_apart(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     del hub.files["jonathandinu/face-parsing", "model.safetensors"]
     with pytest.raises(DeepHairError, match="is not there") as caught:
         _fetch(tmp_path, hub, "face_parser")
     assert caught.value.code == "not_found"
+    monkeypatch.setattr(huggingface_hub.utils._http.time, "sleep", lambda _: None)  # the waiting between its five attempts
+    with pytest.raises(DeepHairError, match="goes on where it was") as caught:
+        weights_fetch.ask(tmp_path, weights_fetch.to_fetch(tmp_path, ["face_parser"], rehash=False), endpoint="http://127.0.0.1:9")
+    assert caught.value.code == "not_reachable"
 
 
 def test_too_little_disk_is_said_before_anything_is_fetched(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
