@@ -48,8 +48,8 @@ def build_parser() -> argparse.ArgumentParser:
     verify.add_argument("bundle", metavar="BUNDLE")
     verify.add_argument("--json", action="store_true", help="print what the bundle says of itself")
     verify.set_defaults(run=_verify)
-    models = _stage(verbs, "models", _models, "list the pretrained parts: found or missing, where, licence")
-    models.set_defaults(action="list")
+    _stage(verbs, "doctor", _doctor, "say what this machine lacks for 'deephair run', with the command that mends it")
+    _stage(verbs, "models", _models, "the pretrained parts: 'models list', 'models download [PART...|all]', 'models verify [PART...]'")
     demo = _stage(verbs, "demo-data", _demo_data, "write the miniature K-Hairstyle set and the miniature pretrained parts")
     demo.add_argument(
         "--set", choices=("demo", "bench", "learn", "learn-long"), default="demo", help="how many heads and views (default: demo)"
@@ -89,7 +89,18 @@ def _add_tryon(verbs: Any) -> None:
 def _has_intermixed(argv: Sequence[str] | None) -> bool:
     """Whether the verb takes overrides that may stand among options; argparse needs another call for that."""
     words = list(sys.argv[1:] if argv is None else argv)
-    return bool(words) and words[0] in {"run", "prepare", "texture", "train", "evaluate", "export", "serve", "models", "demo-data"}
+    return bool(words) and words[0] in {
+        "run",
+        "prepare",
+        "texture",
+        "train",
+        "evaluate",
+        "export",
+        "serve",
+        "models",
+        "doctor",
+        "demo-data",
+    }
 
 
 def _parse_intermixed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -193,22 +204,32 @@ def _verify(parsed: argparse.Namespace) -> int:
 
 
 def _models(parsed: argparse.Namespace) -> int:
+    import os
+
     from backend.errors import UsageError
 
-    if parsed.overrides[:1] and "=" not in parsed.overrides[0]:
-        if parsed.overrides[0] != "list":
-            raise UsageError(f"unknown action '{parsed.overrides[0]}'", hint="deephair models list")
-        parsed.overrides = parsed.overrides[1:]
+    words = [word for word in parsed.overrides if "=" not in word]
+    parsed.overrides = [word for word in parsed.overrides if "=" in word]
+    action, names = (words[0], words[1:]) if words else ("list", [])
+    if action not in {"list", "download", "verify"} or (action == "list" and names):
+        raise UsageError(f"unknown action '{' '.join(words)}'", hint="deephair models list | download [PART...] | verify [PART...]")
+    if action == "download":  # the one verb that may connect; whoever has set the variable is obeyed
+        os.environ.setdefault("HF_HUB_OFFLINE", os.environ.get("TRANSFORMERS_OFFLINE", "0"))
     arguments = console.stage_arguments(parsed)
-    from backend import weights
+    from backend import models_command
 
-    rows = weights.listing(arguments.config.paths.weights)
-    if arguments.json:
-        console.print_result({"parts": rows})
-    else:
-        for row in rows:
-            sys.stdout.write(f"{row['state']:8} {row['name']:14} {row['folder']}  ({row['source']}; {row['licence']})\n")
-    return console.DONE
+    if action == "download":
+        return models_command.download(arguments.config, names, dry_run=arguments.dry_run, as_json=arguments.json)
+    if action == "verify":
+        return models_command.verify(arguments.config, names, as_json=arguments.json)
+    return models_command.show(arguments.config, as_json=arguments.json)
+
+
+def _doctor(parsed: argparse.Namespace) -> int:
+    arguments = console.stage_arguments(parsed)
+    from backend.doctor import verb
+
+    return verb(arguments)
 
 
 def _demo_data(parsed: argparse.Namespace) -> int:

@@ -11,7 +11,7 @@ from backend.config import load_config
 from backend.training.memory_plan import memory_plan
 
 DEEPHAIR = [sys.executable, "-m", "backend.cli"]
-VERBS = "run prepare texture train evaluate export serve tryon verify models demo-data".split()
+VERBS = "run prepare texture train evaluate export serve tryon verify models doctor demo-data".split()
 
 
 def _call(*words: str) -> subprocess.CompletedProcess[str]:
