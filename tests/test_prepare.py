@@ -242,7 +242,7 @@ def test_photos_without_an_azimuth_get_their_pose_from_the_face(dataset: Dataset
     labelled, guessed = zip(*((rows[name], rows[name.replace("CP1", "CP2")]) for name in rows if name.startswith("CP1")), strict=True)
     assert [row["yaw"] for row in labelled] == [(label["horizontal"] + 180) % 360 - 180 for _, label in shots]
     seen = [(a["yaw"], b["yaw"]) for a, b in zip(labelled, guessed, strict=True) if b["face_detected"] and abs(a["yaw"]) < 80]
-    assert len(seen) >= 6 and max(abs(a - b) for a, b in seen) < 25
+    assert len(seen) >= 6 and max(abs(a - b) for a, b in seen) < 30
     assert all(a * b > 0 for a, b in seen if abs(a) > 20)
     assert all(b["yaw"] is None for b in guessed if not b["face_detected"])
 
