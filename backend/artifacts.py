@@ -130,7 +130,7 @@ def read_header(path: Path) -> dict[str, Any]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="pt") as handle:
+        with safe_open(path, framework="np") as handle:  # the header alone: torch stays out
             metadata = handle.metadata() or {}
     except FileNotFoundError as error:
         raise InvalidArtifactError(f"{path} is missing") from error

@@ -25,12 +25,12 @@ from packaging.specifiers import SpecifierSet
 
 from backend import console, weights, weights_check
 from backend.config import REPO_ROOT, Config
+from backend.machine import in_wsl
+from backend.training.presets import PRESETS
 
 State = Literal["ok", "warning", "missing"]
 
-# The least memory of a card, as torch reports it (GiB), on which each preset of train.preset trains, smallest first. Cards sold as 12 GB
-# and 8 GB report a little less than that.
-PRESET_GIB = {"full-8gb": 7.5, "lora": 7.5, "partial": 11.5, "full-12gb": 11.5, "full-exact": 78.0, "full-80gb": 78.0}
+_REPORTED = 0.95  # of its nominal size is the least that a card reports of its memory: 11.76 GiB of 12 (training_memory.md, section 1.2)
 _COUNT_SECONDS = 3.0  # after which counting files stops and says "at least"
 _TORCH = """
 import json, torch
@@ -147,11 +147,15 @@ def torch_lines(config: Config, torch: dict[str, Any]) -> Iterator[Line]:
 
 
 def _card_line(preset: str, torch: dict[str, Any]) -> Line:
-    allowed = [name for name, gib in PRESET_GIB.items() if torch["gib"] >= gib]
+    least = {name: _REPORTED * chosen.card_gib for name, chosen in sorted(PRESETS.items(), key=lambda item: item[1].card_gib)}
+    allowed = [name for name, gib in least.items() if torch["gib"] >= gib]
     says = f"{torch['card']}, {torch['gib']:.1f} GiB: allows {', '.join(allowed) or 'no preset'}"
     if preset not in allowed:
-        says += f"; train.preset={preset} wants {PRESET_GIB[preset]:g} GiB"
-        return Line("card", "missing", says, f"train.preset={allowed[-1]}" if allowed else "a card with 8 GB or more")
+        says += f"; train.preset={preset} wants {least[preset]:.1f} GiB"
+        smaller = PRESETS[preset].smaller
+        while smaller is not None and smaller not in allowed:
+            smaller = PRESETS[smaller].smaller
+        return Line("card", "missing", says, f"train.preset={smaller}" if smaller else "a card with 8 GB or more")
     if not torch["bf16"]:
         return Line("card", "warning", f"{says}; no bfloat16", "expect slow training: a card of the RTX 30 series or newer has it")
     return Line("card", "ok", says)
@@ -175,7 +179,7 @@ def disk_line(config: Config, photos: int) -> Line:
 
 def mount_lines(config: Config) -> Iterator[Line]:
     """Under WSL, folders on a Windows drive: every file operation goes through a network protocol there."""
-    if "microsoft" not in platform.release().lower():
+    if not in_wsl():
         return
     folders = {"data.images": config.data.images, "data.labels": config.data.labels}
     folders |= {f"paths.{name}": getattr(config.paths, name) for name in ("processed", "checkpoints", "weights")}

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,6 @@ from backend.weights import Part
 
 State = Literal["found", "missing", "wrong"]
 RECORD = "downloads.json"
-_LONGEST_HEADER = 100_000_000  # bytes; the bound that safetensors itself sets
 
 
 @dataclass(frozen=True)
@@ -126,26 +124,13 @@ def _form_fault(path: Path, recorded: int | None) -> str:
     if recorded is not None and size != recorded:
         return f"it has {size:,} bytes, {recorded:,} were fetched"
     if path.suffix == ".safetensors":
-        return _safetensors_fault(path, size)
+        try:
+            artifacts.read_header(path)  # which also holds the length that the header promises against the file's
+        except InvalidArtifactError:
+            return "it is not a whole safetensors file (truncated, or of another format)"
     if path.suffix == ".json":
         try:
             json.loads(path.read_bytes())
         except ValueError:
             return "it is not JSON"
     return ""
-
-
-def _safetensors_fault(path: Path, size: int) -> str:
-    """Whether the tensors that the header lists fill the file exactly; the header alone is read."""
-    broken = "it is not a whole safetensors file (truncated, or of another format)"
-    with path.open("rb") as handle:
-        start = handle.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 2 <= length <= min(_LONGEST_HEADER, size - 8):
-            return broken
-        try:
-            header = json.loads(handle.read(length))
-            end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-            return broken
-    return "" if 8 + length + end == size else broken

@@ -8,7 +8,6 @@ files, git's blob id of small ones.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import re
@@ -257,8 +256,10 @@ def _transfer(file: Wanted, meter: _Meter) -> None:
 
 def _checked(file: Wanted) -> dict[str, Any]:
     """The record's entry of a gathered file; raises InvalidArtifactError and removes the file where its digest is another one."""
+    from huggingface_hub.utils.sha import git_hash
+
     sha256 = artifacts.sha256_file(file.partial)
-    found = sha256 if len(file.digest) == 64 else _git_blob_id(file.partial)
+    found = sha256 if len(file.digest) == 64 else git_hash(file.partial.read_bytes())  # the hub has a sha256 of every large file
     if found != file.digest:
         file.partial.unlink()
         raise InvalidArtifactError(
@@ -274,11 +275,6 @@ def _checked(file: Wanted) -> dict[str, Any]:
         "commit": file.commit,
         "checked_against": file.basis,
     }
-
-
-def _git_blob_id(path: Path) -> str:
-    content = path.read_bytes()  # git blobs on the hub are small; large files have a sha256
-    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
 def _unreachable(url: str, error: Exception) -> DeepHairError:

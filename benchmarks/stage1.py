@@ -41,9 +41,10 @@ from backend.imaging.decode import write_png
 from backend.training import keyed
 from backend.training.models.supcon import UNKNOWN, supcon_loss
 from backend.training.models.texture_encoder import load_texture_encoder, new_encoder
+from backend.training.processes import Processes, join_processes
 from backend.training.texture_data import BalancedSampler, PatchImages, PatchTable, feed, read_patch_tables
 from backend.training.texture_metrics import Probabilities, embed, predict_probabilities, ridge_predict, score_split
-from backend.training.texture_trainer import Trainer, World, join_world, labels_of
+from backend.training.texture_trainer import Trainer, labels_of
 from backend.training.train_texture import RESULT, train_texture
 
 PROBE_PATCHES = 1024
@@ -144,7 +145,7 @@ def plain_steps(table: PatchTable, config: TextureConfig, device: torch.device) 
 
 def our_steps(table: PatchTable, config: TextureConfig, device: torch.device) -> Iterator[float]:
     """The same with Stage 1's own loop; patches are decoded at every step, as they are when a set does not fit into memory."""
-    trainer = Trainer(config, new_encoder(config.layers, dropout=config.dropout, seed=0), World(device))
+    trainer = Trainer(config, new_encoder(config.layers, dropout=config.dropout, seed=0), Processes(device))
     trainer.model.train()
     images = PatchImages(table, config.image_size, workers=config.workers, budget=0)
     batches = feed(
@@ -164,7 +165,7 @@ def our_steps(table: PatchTable, config: TextureConfig, device: torch.device) ->
 
 def speed(arguments: argparse.Namespace) -> None:
     """Both loops in turn in one process, on the same patches."""
-    device = join_world(arguments.device).device
+    device = join_processes(arguments.device).device
     print_surroundings(device)
     layers = [int(count) for count in arguments.layers.split(",")]
     settings = {"layers": layers, "image_size": arguments.size, "batch_size": arguments.batch, "workers": arguments.workers}

@@ -96,6 +96,7 @@ def _kills(small: Path, folder: Path, rounds: int) -> dict[str, int]:
     return dict(json.loads(done.stdout))
 
 
+@pytest.mark.long
 def test_fifty_kills_leave_a_whole_bundle_each_time(small: Path, tmp_path: Path) -> None:
     """Every deployed file after a kill is byte for byte one of the two bundles, and both were seen; so is every previous one."""
     assert _kills(small, tmp_path / "kills", 50) == {"whole": 50, "kinds": 2, "previous": 50}

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from backend import doctor, weights
+from backend import doctor, machine, weights
 from backend.config import Config, load_config
+from backend.training.presets import PRESETS
 from tests.conftest import World
 
 Usage = namedtuple("Usage", "total used free")
@@ -101,7 +102,8 @@ def test_a_torch_that_does_not_import_is_one_line(tmp_path: Path, monkeypatch: p
         (23.6, "full-12gb", "ok", ""),
         (79.1, "full-exact", "ok", ""),
         (23.6, "full-exact", "missing", "train.preset=full-12gb"),
-        (7.8, "full-12gb", "missing", "train.preset=lora"),
+        (7.8, "full-12gb", "missing", "train.preset=full-8gb"),
+        (7.8, "partial", "missing", "train.preset=lora"),
         (5.8, "full-12gb", "missing", "a card with 8 GB or more"),
     ],
 )
@@ -119,17 +121,16 @@ def test_no_card_is_a_lack_only_where_one_is_demanded(tmp_path: Path) -> None:
     assert states == {"cpu": "ok", "auto": "warning", "cuda": "missing"}
 
 
-def test_every_preset_of_the_configuration_has_a_least_memory() -> None:
+def test_every_preset_of_the_configuration_is_known() -> None:
     presets = Config.model_fields["train"].annotation.model_fields["preset"].annotation.__args__  # type: ignore[union-attr]
-    assert set(presets) <= set(doctor.PRESET_GIB)
-    assert list(doctor.PRESET_GIB.values()) == sorted(doctor.PRESET_GIB.values())  # the last one allowed is the largest
+    assert set(presets) == set(PRESETS)
 
 
 def test_folders_on_a_windows_drive_are_named_under_wsl_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = _config(tmp_path, "data.images=/mnt/c/Users/me/photos", "paths.checkpoints=/mnt/data/checkpoints")
-    monkeypatch.setattr(doctor.platform, "release", lambda: "6.8.0-generic")
+    monkeypatch.setattr(machine.platform, "release", lambda: "6.8.0-generic")
     assert list(doctor.mount_lines(config)) == []
-    monkeypatch.setattr(doctor.platform, "release", lambda: "5.15.167.4-microsoft-standard-WSL2")
+    monkeypatch.setattr(machine.platform, "release", lambda: "5.15.167.4-microsoft-standard-WSL2")
     (line,) = doctor.mount_lines(config)
     assert line.state == "warning" and "data.images is /mnt/c/Users/me/photos" in line.says and "set data.images" in line.mend
     (fine,) = doctor.mount_lines(_config(tmp_path))

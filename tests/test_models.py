@@ -287,9 +287,6 @@ def test_the_lpips_heads_are_read_without_unpickling_and_equal_what_torch_reads(
     torch.save({"lin0.model.1.weight": torch.zeros(1, 64, 1, 1)}, tmp_path / "new.pth")
     with pytest.raises(InvalidArtifactError, match="sha256"):
         lpips_heads.read_heads(tmp_path / "new.pth")
-    for content in (b"", path.read_bytes()[:1300], (tmp_path / "new.pth").read_bytes()):
-        with pytest.raises(InvalidArtifactError):
-            lpips_heads.parse_heads(content)
 
 
 def test_the_written_heads_load_beside_torchvision_s_vgg16(tmp_path: Path) -> None:

@@ -137,7 +137,8 @@ def _equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("preset", ["full-exact", pytest.param("full-12gb", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("preset", ["full-exact", "full-12gb"])
 def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(finished_world: World, tmp_path: Path, preset: str) -> None:
     """SIGKILL once the first checkpoint stands, then the same command again: bit-equal weights and optimizer state."""
     undisturbed, killed = (finished_world.copy(tmp_path / name, "processed") for name in ("undisturbed", "killed"))

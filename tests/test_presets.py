@@ -214,8 +214,8 @@ import sys, torch, logging
 logging.disable(logging.WARNING)
 from tests.stage2_set import Toy, settings
 preset, out = sys.argv[1], sys.argv[2]
-from backend.training.processes import Processes
-processes = Processes(torch.device("cpu"))
+from backend.training.processes import join_processes
+processes = join_processes("cpu")
 accumulate = 2 // processes.count
 toy = Toy(settings(preset=preset, lr=1e-3, injector_lr=1e-3, batch_size=1, accumulate=accumulate), None, processes)
 toy.train(3)

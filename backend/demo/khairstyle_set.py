@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from backend import artifacts
 from backend.demo.portraits import Hairstyle, Portrait, blur_face, mask_rings, render, sample_hairstyle, sample_identity, sample_scene
 from backend.demo.traits import HAIR_COLOURS
+from backend.machine import cores
 
 DEMO: dict[str, int] = {"heads": 36, "views": 6, "size": 512, "seed": 20}
 BENCH: dict[str, int] = {"heads": 300, "views": 12, "size": 512, "seed": 21}
@@ -101,7 +101,7 @@ def write_khairstyle(
     sources = [*_sources(heads, seed), *_ab_pair(heads, seed)]
     shots = [shot for number, source in enumerate(sources) for shot in _shots(source, number, views, size, seed)]
     truth: dict[str, Any] = {}
-    workers = len(os.sched_getaffinity(0))
+    workers = cores()
     # a head goes to one worker as a whole, which grows its hair once for all views
     with ProcessPoolExecutor(
         workers, mp_context=multiprocessing.get_context("spawn"), initializer=cv2.setNumThreads, initargs=(1,)

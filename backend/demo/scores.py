@@ -44,7 +44,7 @@ def detector(weights: Path, photos: Iterable[Photo]) -> dict[str, Any]:
         pictures = {
             "frame": (photo.image, photo.box),
             "blurred": (blur_face(photo.image, face_ring(photo.box)), photo.box),
-            "head_crop": (cut, np.array(square.scaled_box(tuple(map(float, photo.box)), 256))),  # type: ignore[arg-type]
+            "head_crop": (cut, np.array(photo.box_in(square, 256))),
         }
         for name, (image, box) in pictures.items():
             best = max(faces.detect(image), key=lambda face: overlap(np.array(face.box), box), default=None)

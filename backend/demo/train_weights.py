@@ -44,16 +44,16 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_float32_matmul_precision("high")  # TF32 on a card that has it; no effect on a CPU
     deadline = time.monotonic() + 60 * options.budget_minutes
     place = Workplace(
-        options.work / "checkpoints",
-        options.work / "photos",
-        options.out,
-        options.seed,
-        deadline,
-        options.workers,
-        torch.device(options.device),
-        options.loaders,
-        options.length,
-        options.steps,
+        checkpoints=options.work / "checkpoints",
+        cache=options.work / "photos",
+        weights=options.out,
+        seed=options.seed,
+        deadline=deadline,
+        workers=options.workers,
+        device=torch.device(options.device),
+        loaders=options.loaders,
+        length=options.length,
+        limit=options.steps,
     )
     try:
         for name in options.parts.split(","):

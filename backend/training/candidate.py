@@ -18,10 +18,9 @@ if TYPE_CHECKING:
 
 def rebuilt(checkpoint: checkpoints.Checkpoint) -> Any:
     """The network of a Stage 2 checkpoint, in eval mode."""
-    from backend.training.models.stage2_unet import HairInpaintingUNet, empty_unet
+    from backend.training.models.stage2_unet import network_of
 
-    header = checkpoint.header
-    model = HairInpaintingUNet(empty_unet(header["unet_config"]), int(header["style_tokens"]), header.get("injection", "appended"))
+    model = network_of(checkpoint.header)
     model.unet.to(checkpoint.weights["unet.conv_in.weight"].dtype)
     model.load_state_dict(checkpoint.weights)
     return model.eval().requires_grad_(False)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-import platform
 
 import torch
+
+from backend.machine import in_wsl
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +29,3 @@ def cap_memory(device: torch.device, fraction: float) -> float | None:
         "memory of this process is bounded to %.1f of the card's %.1f GiB%s; train.memory_fraction", bound / GIB, total / GIB, where
     )
     return bound / GIB
-
-
-def in_wsl() -> bool:
-    """Whether this Linux runs inside Windows."""
-    return "microsoft" in platform.release().lower()

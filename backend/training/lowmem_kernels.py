@@ -145,6 +145,28 @@ def _total(pointer, count, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def _tile(
+    entry, program, address,
+    TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, BF16: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """A program's tile of the gradient at ``address``: the tensor's rows and columns, which tile it is down and across, its row and column
+    numbers, and the gradient there in float32, 0 beyond the edge."""
+    rows, columns = tl.load(entry + ROWS).to(tl.int32), tl.load(entry + COLUMNS).to(tl.int32)
+    if ALIGNED:
+        columns = tl.multiple_of(columns, 16)
+    column_tiles = tl.cdiv(columns, TILE_COLUMNS)
+    tile = program - tl.load(entry + FIRST_TILE).to(tl.int32)
+    down, across = tile // column_tiles, tile % column_tiles
+    row = down * TILE_ROWS + tl.arange(0, TILE_ROWS)
+    column = across * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
+    here = (row < rows)[:, None] & (column < columns)[None, :]
+    places = _pointer(address, BF16) + row[:, None] * columns + column[None, :]
+    if ALIGNED:
+        places = tl.multiple_of(places, (16, 16))
+    return rows, columns, down, across, row, column, tl.load(places, mask=here, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _statistics(
     table, tiles, gradients, partials,
     TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, BF16: tl.constexpr, ALIGNED: tl.constexpr,
@@ -153,22 +175,13 @@ def _statistics(
     program = tl.program_id(0)
     tensor = tl.load(tiles + program)
     entry = table + tensor * FIELDS
-    rows, columns = tl.load(entry + ROWS).to(tl.int32), tl.load(entry + COLUMNS).to(tl.int32)
-    if ALIGNED:
-        columns = tl.multiple_of(columns, 16)
-    column_tiles = tl.cdiv(columns, TILE_COLUMNS)
-    tile = program - tl.load(entry + FIRST_TILE).to(tl.int32)
-    row = tile // column_tiles * TILE_ROWS + tl.arange(0, TILE_ROWS)
-    column = tile % column_tiles * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
-    here = (row < rows)[:, None] & (column < columns)[None, :]
-    places = _pointer(tl.load(gradients + tensor), BF16) + row[:, None] * columns + column[None, :]
-    if ALIGNED:
-        places = tl.multiple_of(places, (16, 16))
-    gradient = tl.load(places, mask=here, other=0.0).to(tl.float32)
+    rows, columns, down, across, row, column, gradient = _tile(
+        entry, program, tl.load(gradients + tensor), TILE_ROWS, TILE_COLUMNS, BF16, ALIGNED
+    )
     square = gradient * gradient
-    row_place = partials + tl.load(entry + ROW_PARTIAL) + (tile % column_tiles) * rows + row
+    row_place = partials + tl.load(entry + ROW_PARTIAL) + across * rows + row
     tl.store(row_place, tl.sum(square, axis=1), mask=row < rows)
-    column_place = partials + tl.load(entry + COLUMN_PARTIAL) + (tile // column_tiles) * columns + column
+    column_place = partials + tl.load(entry + COLUMN_PARTIAL) + down * columns + column
     tl.store(column_place, tl.sum(square, axis=0), mask=column < columns)
 
 
@@ -215,18 +228,10 @@ def _excess(
     program = tl.program_id(0)
     tensor = tl.load(tiles + program)
     entry = table + tensor * FIELDS
-    rows, columns = tl.load(entry + ROWS).to(tl.int32), tl.load(entry + COLUMNS).to(tl.int32)
-    if ALIGNED:
-        columns = tl.multiple_of(columns, 16)
-    column_tiles = tl.cdiv(columns, TILE_COLUMNS)
-    tile = program - tl.load(entry + FIRST_TILE).to(tl.int32)
-    row = tile // column_tiles * TILE_ROWS + tl.arange(0, TILE_ROWS)
-    column = tile % column_tiles * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
-    here = (row < rows)[:, None] & (column < columns)[None, :]
-    places = _pointer(tl.load(gradients + tensor), BF16) + row[:, None] * columns + column[None, :]
-    if ALIGNED:
-        places = tl.multiple_of(places, (16, 16))
-    gradient = tl.load(places, mask=here, other=0.0).to(tl.float32) * tl.load(gradient_scale)
+    rows, columns, _down, _across, row, column, gradient = _tile(
+        entry, program, tl.load(gradients + tensor), TILE_ROWS, TILE_COLUMNS, BF16, ALIGNED
+    )
+    gradient *= tl.load(gradient_scale)
     row_mean = _total(row_sums + tl.load(entry + FIRST_ROW_SEGMENT), tl.load(entry + ROW_SEGMENTS).to(tl.int32), 16) / rows
     row_state = tl.load(entry + ROW).to(tl.pointer_type(tl.float32)) + row
     column_state = tl.load(entry + COLUMN).to(tl.pointer_type(tl.float32)) + column

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from backend.config import Config
 from backend.errors import InvalidArtifactError
 from backend.imaging import composite, crop, masks
 from backend.imaging.decode import read_png
+from backend.machine import cores
 from backend.training.keyed import key
 from backend.training.pairs import Pair, Row
 from backend.training.prepared import Prepared, Sample
@@ -59,7 +59,7 @@ class ThreadedMap:
     """``map`` over threads in the order of the input, so that their number changes no figure; 0: one per core, 8 at most."""
 
     def __init__(self, workers: int) -> None:
-        self._workers = workers or min(8, len(os.sched_getaffinity(0)))
+        self._workers = workers or cores(8)
 
     def __call__(self, function: Callable[[In], Out], items: Iterable[In]) -> list[Out]:
         """The results in order; the first error is raised."""

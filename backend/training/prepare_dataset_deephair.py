@@ -29,6 +29,7 @@ import numpy as np
 from backend import artifacts, console, weights
 from backend.config import Config
 from backend.errors import DeepHairError, MissingInputError, require_all
+from backend.machine import cores
 from backend.training import prepare_records, prepare_report, results
 from backend.training.data_processing.khairstyle import Index, index_dataset
 from backend.training.data_processing.labels import Pair
@@ -125,7 +126,7 @@ def plan(config: Config) -> dict[str, Any]:
 
 def worker_count(config: Config) -> int:
     """``data.workers``, or one per usable core and 8 at most."""
-    return config.data.workers or min(8, len(os.sched_getaffinity(0)))
+    return config.data.workers or cores(8)
 
 
 def prepare(config: Config, *, resume: bool = True) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import subprocess
 from importlib import metadata
@@ -12,6 +11,7 @@ from typing import Any
 from backend import artifacts, weights
 from backend.config import REPO_ROOT, Config
 from backend.errors import MissingInputError
+from backend.machine import cores
 
 _KEYS = {
     "prepare": ("seconds", "inputs", "accepted", "quarantined"),
@@ -59,7 +59,7 @@ def environment(config: Config) -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": cores(),
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "libraries": {name: metadata.version(name) for name in ("torch", "diffusers", "transformers", "numpy", "opencv-python-headless")},
         "weights": weights.describe(config.paths.weights),

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,11 @@ import torch
 from numpy.typing import NDArray
 
 from backend import artifacts, console
-from backend import weights as pretrained
 from backend.config import Config
 from backend.errors import MissingInputError
 from backend.imaging import crop, masks
 from backend.imaging.decode import read_png
+from backend.machine import cores
 from backend.training.keyed import numpy_generator
 from backend.training.models.texture_encoder import TextureEncoder
 from backend.training.prefetch import ahead
@@ -150,7 +149,7 @@ def _encode(
     progress: console.Progress,
 ) -> dict[str, torch.Tensor]:  # fmt: skip
     columns: dict[str, list[torch.Tensor]] = {}
-    threads = config.data.workers or min(len(os.sched_getaffinity(0)), 8)
+    threads = config.data.workers or cores(8)
     for photo in ahead(lambda row: _draw(config, prepared, row, pool), rows, workers=threads):
         for name, value in _encode_photo(config, photo, vae, encoder).items():
             columns.setdefault(name, []).append(value)
@@ -180,7 +179,7 @@ def _encode_photo(config: Config, photo: _Photo, vae: Any, encoder: TextureEncod
     encoded = [conditioning.encode_latents(vae, pictures[start : start + BATCH]) for start in range(0, len(pictures), BATCH)]
     means, stds = torch.cat([mean for mean, _ in encoded]).cpu(), torch.cat([std for _, std in encoded]).cpu()
     side = means.shape[-1]
-    style = conditioning.style_features(encoder, [photo.style], config.train.style_tokens)[0].cpu()
+    style = conditioning.style_features(encoder, [photo.style], config.train.style_tokens)[0]
     identity, valid = conditioning.identity_tensor([sample.identity])
     return {
         "photo_mean": means[0],
@@ -233,8 +232,3 @@ def build_prompts(config: Config, prompts: set[str], key: CacheKey, *, device: t
             )
             progress.update()
     return cache
-
-
-def weights_required(config: Config) -> None:
-    """Raises MissingInputError when a part that Stage 2 loads is not there."""
-    pretrained.require(config.paths.weights, "inpainting", "perceptual")

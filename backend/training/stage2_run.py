@@ -30,14 +30,13 @@ from backend.training.models.stage2_unet import HairInpaintingUNet, load_start, 
 from backend.training.models.texture_encoder import load_texture_encoder
 from backend.training.prefetch import ahead
 from backend.training.prepared import Prepared, reference_candidates
-from backend.training.processes import Processes
+from backend.training.processes import Processes, join_processes
 from backend.training.stage2_cache import CacheKey, build_latents, build_prompts
 from backend.training.stage2_data import Batch, Batches, Split
 from backend.training.stage2_files import FORMAT, LATEST, PREFIX, log_path, log_rows, texture_encoder_path
 from backend.training.stage2_step import Stage2Step, build_optimizer, ready_for_training, weights_dtype
 from backend.training.stage2_weights import MovingAverage, checkpoint_tensors, restore, trained
 from backend.tryon import conditioning
-from backend.tryon.painter import device_and_dtype
 from backend.tryon.sampling import Sampler, sample, scheduler_config
 
 logger = logging.getLogger(__name__)
@@ -50,7 +49,7 @@ class Stage2Run:
 
     def __init__(self, config: Config, digest: str, processes: Processes | None = None) -> None:
         self.config, self.digest = config, digest
-        self.processes = processes or Processes(device_and_dtype(config)[0])
+        self.processes = processes or join_processes(config.device)
         self.device = self.processes.device
         if self.processes.count > 1 and presets.of(config.train).inside_backward:
             raise UsageError(
@@ -114,11 +113,12 @@ class Stage2Run:
         with contextlib.closing(ahead(self._drawn, stream, workers=workers)) as drawn, console.stop_requests() as stop:
             while True:
                 last = self.step == train.steps
+                stopping = self.processes.any_of(stop.requested)
                 if self.step != self.resumed_at:
-                    self._look_and_save(last, epoch_steps, stopping=stop.requested)
+                    self._look_and_save(last, epoch_steps, stopping=stopping)
                 if last:
                     break
-                if stop.requested:
+                if stopping:
                     raise KeyboardInterrupt
                 step, batch = next(drawn)
                 parts = self.train_step(batch, step)

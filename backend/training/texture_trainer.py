@@ -2,53 +2,15 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
 from backend.config import TextureConfig
-from backend.errors import UsageError
 from backend.training import checkpoints, keyed
 from backend.training.models.supcon import Labels, masked_cross_entropy, supcon_loss
 from backend.training.models.texture_encoder import EMBEDDING, HEADS, TextureEncoder, TextureOutput
+from backend.training.processes import Processes
 from backend.training.texture_data import Batch, Ints, PatchTable, augment, draw_views
-
-
-@dataclass(frozen=True)
-class World:
-    """Where this process computes, and which of how many processes it is."""
-
-    device: torch.device
-    rank: int = 0
-    size: int = 1
-
-    def rows(self, batch_size: int) -> slice:
-        """This process's share of a batch."""
-        share = batch_size // self.size
-        return slice(self.rank * share, (self.rank + 1) * share)
-
-    def all_rows(self, outputs: Tensor) -> Tensor:
-        """The outputs of all processes, in rank order; only the own part carries gradients."""
-        if self.size == 1:
-            return outputs
-        parts = [torch.empty_like(outputs) for _ in range(self.size)]
-        torch.distributed.all_gather(parts, outputs.detach().contiguous())
-        parts[self.rank] = outputs
-        return torch.cat(parts)
-
-
-def join_world(device: str) -> World:
-    """One process, or one of those that ``accelerate launch`` or ``torchrun`` started (they set WORLD_SIZE)."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from accelerate import PartialState
-
-        state = PartialState(cpu=device == "cpu")
-        return World(state.device, state.process_index, state.num_processes)
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("device=cuda, and PyTorch sees no CUDA card", hint="check the driver with nvidia-smi, or set device=cpu")
-    return World(torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"))
 
 
 def computes_bf16(device: torch.device) -> bool:
@@ -59,19 +21,19 @@ def computes_bf16(device: torch.device) -> bool:
 class Trainer:
     """The encoder with its optimizer: takes steps, and goes into and comes out of checkpoints. Knows no files of its own."""
 
-    def __init__(self, config: TextureConfig, encoder: TextureEncoder, world: World) -> None:
-        self.config, self.world = config, world
-        self.encoder = encoder.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if world.size > 1 and world.device.type == "cuda":
+    def __init__(self, config: TextureConfig, encoder: TextureEncoder, processes: Processes) -> None:
+        self.config, self.processes = config, processes
+        self.encoder = encoder.to(processes.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if processes.count > 1 and processes.device.type == "cuda":
             # Each card alone would normalise by its own share of the batch; so statistics are taken over all of it.
             self.encoder = nn.SyncBatchNorm.convert_sync_batchnorm(self.encoder)  # type: ignore[no-untyped-call]
-        self.model: nn.Module = self.encoder if world.size == 1 else nn.parallel.DistributedDataParallel(self.encoder)
+        self.model: nn.Module = self.encoder if processes.count == 1 else nn.parallel.DistributedDataParallel(self.encoder)
         self.names = {parameter: name for name, parameter in self.encoder.named_parameters()}
         matrices = [p for p in self.names if p.ndim > 1]
         vectors = [p for p in self.names if p.ndim == 1]  # biases and batch-norm scales are not decayed
         groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=True)
-        self.bf16 = config.precision == "bf16" and computes_bf16(world.device)
+        self.bf16 = config.precision == "bf16" and computes_bf16(processes.device)
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Arguments for ``checkpoints.save``."""
@@ -84,14 +46,14 @@ class Trainer:
 
     def step(self, batch: Batch, labels: Labels) -> dict[str, float]:
         """One update. ``labels`` are those of the whole batch. Returns the losses; raises FloatingPointError before a non-finite update."""
-        config, device = self.config, self.world.device
+        config, device = self.config, self.processes.device
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr * keyed.warmup_cosine(batch.step, warmup=config.warmup, total=config.steps)
         losses = self.losses(batch, labels.to(device))
         total = losses["curl"] + losses["volume"] + config.supcon_weight * losses["supcon"] + config.colour_weight * losses["colour"]
         self.optimizer.zero_grad(set_to_none=True)
         # Each process differentiates its own rows of the common loss, and DDP takes the mean over processes: hence the factor.
-        (total * self.world.size).backward()  # type: ignore[no-untyped-call]
+        (total * self.processes.count).backward()  # type: ignore[no-untyped-call]
         gradients = [p.grad for p in self.names if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         names = ["loss", *losses, "gradient_norm"]
@@ -103,26 +65,26 @@ class Trainer:
 
     def losses(self, batch: Batch, labels: Labels) -> dict[str, Tensor]:
         """The four terms over the whole batch, float32 scalars."""
-        config, world = self.config, self.world
-        size, device = len(batch.patches), world.device
-        rows = world.rows(size)
+        config, processes = self.config, self.processes
+        size, device = len(batch.patches), processes.device
+        rows = processes.rows(size)
         views = draw_views(size, config.seed, batch.step)[:, rows].to(device)
         dropout = torch.rand((2, size, HEADS, EMBEDDING), generator=keyed.torch_generator(config.seed, "texture dropout", batch.step))
         images = augment(batch.images.to(device, non_blocking=True), views)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
             output: TextureOutput = self.model(images, dropout[:, rows].flatten(0, 1).to(device))
         seen = labels.repeated(self._order(size).to(device))
-        projection, curl, volume = (world.all_rows(t.float()) for t in (output.projection, output.curl_logits, output.volume_logits))
+        projection, curl, volume = (processes.all_rows(t.float()) for t in (output.projection, output.curl_logits, output.volume_logits))
         return {
             "curl": masked_cross_entropy(curl, seen.curl),
             "volume": masked_cross_entropy(volume, seen.volume),
             "supcon": supcon_loss(projection, seen.joint, seen.group, temperature=config.temperature),
-            "colour": world.all_rows(colour_error(output.colour, images)).mean(),
+            "colour": processes.all_rows(colour_error(output.colour, images)).mean(),
         }
 
     def _order(self, size: int) -> Tensor:
         """Which row of the batch each gathered output belongs to: every process sends first views, then second views."""
-        parts = torch.arange(size).chunk(self.world.size)
+        parts = torch.arange(size).chunk(self.processes.count)
         return torch.cat([torch.cat([part, part]) for part in parts])
 
 

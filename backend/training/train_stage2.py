@@ -98,11 +98,10 @@ def train(config: Config, *, resume: bool = True) -> dict[str, Any]:
 
     from backend.training import presets
     from backend.training.device_memory import cap_memory
-    from backend.training.processes import Processes
-    from backend.tryon.painter import device_and_dtype
+    from backend.training.processes import join_processes
 
     start = time.monotonic()
-    processes = Processes(device_and_dtype(config)[0])
+    processes = join_processes(config.device)
     cap_memory(processes.device, config.train.memory_fraction)
     try:
         run = (

@@ -17,10 +17,11 @@ from backend.config import Config
 from backend.errors import DeepHairError, InvalidArtifactError, UsageError, require_all
 from backend.training import checkpoints, keyed, results
 from backend.training.models.texture_encoder import FORMAT, new_encoder
+from backend.training.processes import Processes, join_processes
 from backend.training.texture_data import SPLITS, BalancedSampler, Batch, PatchImages, PatchTable, feed, name_patches, read_patch_tables
 from backend.training.texture_metrics import evaluate_encoder, headline, predict_probabilities, score_split
 from backend.training.texture_report import write_report
-from backend.training.texture_trainer import Trainer, World, join_world, labels_of
+from backend.training.texture_trainer import Trainer, labels_of
 
 logger = logging.getLogger(__name__)
 
@@ -85,18 +86,19 @@ class Progress:
 class Run:
     """Stage 1 from a configuration to its files; every file is written by the first process alone."""
 
-    def __init__(self, config: Config, identity: Identity, world: World, on_progress: OnProgress | None) -> None:
-        self.config, self.texture, self.identity, self.world, self.on_progress = config, config.texture, identity, world, on_progress
+    def __init__(self, config: Config, identity: Identity, processes: Processes, on_progress: OnProgress | None) -> None:
+        self.config, self.texture, self.identity = config, config.texture, identity
+        self.processes, self.on_progress = processes, on_progress
         self.folder = config.paths.checkpoints
-        if self.texture.batch_size % world.size:
-            raise UsageError(f"texture.batch_size {self.texture.batch_size} cannot be shared evenly by {world.size} processes")
+        if self.texture.batch_size % processes.count:
+            raise UsageError(f"texture.batch_size {self.texture.batch_size} cannot be shared evenly by {processes.count} processes")
         self.tables = read_patch_tables(config.paths.processed)
         self.sampler = BalancedSampler(self.tables["train"], batch_size=self.texture.batch_size, seed=self.texture.seed)
         sides = {"side": self.texture.image_size, "workers": self.texture.workers}
-        self.images = {split: PatchImages(self.tables[split], **sides) for split in SPLITS if world.rank == 0 or split == "train"}
+        self.images = {split: PatchImages(self.tables[split], **sides) for split in SPLITS if processes.rank == 0 or split == "train"}
         encoder = new_encoder(self.texture.layers, dropout=self.texture.dropout, seed=keyed.key(self.texture.seed, "texture weights"))
         encoder.load_backbone(start_file(config))
-        self.trainer = Trainer(self.texture, encoder, world)
+        self.trainer = Trainer(self.texture, encoder, processes)
         self.progress = Progress()
         self.waited = self.trained = 0.0  # seconds of this process: for data, and in all
 
@@ -130,7 +132,7 @@ class Run:
         bar = console.Progress("texture", total, unit="step")
         bar.start_at(self.progress.step)
         since = time.monotonic()
-        rows = self.world.rows(self.texture.batch_size)
+        rows = self.processes.rows(self.texture.batch_size)
         self.trainer.model.train()
         steps = range(self.progress.step, total if not self._exhausted() else self.progress.step)
         batches = feed(self.images["train"], self.sampler, steps, rows, workers=self.texture.workers)
@@ -144,7 +146,7 @@ class Run:
                     if self.on_progress is not None:
                         self.on_progress(step, total, losses)
                 bar.update(note=f"loss {losses['loss']:.3f}")
-                stopping = self._agree(stop.requested)
+                stopping = self.processes.any_of(stop.requested)
                 due = step % self.texture.save_every == 0 or step == total
                 if due:
                     self._validate()
@@ -178,7 +180,7 @@ class Run:
         """Looks at the validation split, and keeps the weights where they are the best so far (of equals, the latest)."""
         value = -1.0
         table = self.tables["val"]
-        if self.world.rank == 0 and len(table):
+        if self.processes.rank == 0 and len(table):
             numbers = table.spread(VALIDATION_PATCHES)
             self.trainer.encoder.eval()
             scores = score_split(
@@ -193,7 +195,7 @@ class Run:
         logger.info(
             "step %d: mean balanced accuracy on validation heads %s", self.progress.step, f"{value:.3f}" if value >= 0 else "unknown"
         )
-        if self.texture.patience and value >= max(best, 0.0) and self.world.rank == 0:
+        if self.texture.patience and value >= max(best, 0.0) and self.processes.rank == 0:
             header = {"step": self.progress.step, "score": value, **self.identity.header()}
             artifacts.save_tensors(self.folder / BEST, self.trainer.encoder.state_dict(), header)
 
@@ -206,31 +208,23 @@ class Run:
         return len(scores) - 1 - last_best >= self.texture.patience
 
     def _save(self) -> None:
-        if self.world.rank == 0:
+        if self.processes.rank == 0:
             name = f"{PREFIX}_step_{self.progress.step}"
             header = {"format": FORMAT, "layers": list(self.texture.layers), "step": self.progress.step, **self.identity.header()}
             checkpoints.save(self.folder, name, position=vars(self.progress), header=header, **self.trainer.state())
             checkpoints.prune(self.folder, PREFIX, self.texture.keep)
 
-    def _agree(self, stopping: bool) -> bool:
-        """Stop together: when any process was asked to."""
-        if self.world.size == 1:
-            return stopping
-        flag = torch.tensor([float(stopping)], device=self.world.device)
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-        return bool(flag.item())
-
     def _from_first(self, value: float) -> float:
-        if self.world.size == 1:
+        if self.processes.count == 1:
             return value
-        shared = torch.tensor([value], device=self.world.device, dtype=torch.float32)
+        shared = torch.tensor([value], device=self.processes.device, dtype=torch.float32)
         torch.distributed.broadcast(shared, src=0)
         return float(shared.item())
 
     @contextlib.contextmanager
     def _board(self) -> Iterator[Callable[[int, dict[str, float]], None]]:
         """A TensorBoard writer of the first process; points after the resumed step are struck out."""
-        if self.world.rank != 0:
+        if self.processes.rank != 0:
             yield lambda step, values: None
             return
         from torch.utils.tensorboard import SummaryWriter
@@ -255,7 +249,7 @@ class Run:
         header = {"format": FORMAT, "layers": list(self.texture.layers), "config": self.config.resolved()["texture"], "steps": self.progress.step,
                   "chosen_step": chosen, "metrics": scores, **self.identity.header()}  # fmt: skip
         metrics = {**header, "seconds": total_seconds, "data_wait_share": self.waited / max(self.trained, 1e-9), "history": self.progress.history,
-                   "validations": self.progress.validations, "device": str(self.world.device), "bf16": self.trainer.bf16}  # fmt: skip
+                   "validations": self.progress.validations, "device": str(self.processes.device), "bf16": self.trainer.bf16}  # fmt: skip
         write_report(self.folder / REPORT, metrics, self.tables, self.images, evidence)
         artifacts.write_json(self.folder / METRICS, metrics)
         artifacts.save_tensors(self.folder / RESULT, encoder.state_dict(), header)
@@ -298,20 +292,20 @@ def train_texture(config: Config, *, resume: bool = True, on_progress: OnProgres
     if resume and (done := finished(config, identity)) is not None:
         logger.info("Stage 1 is finished already: %s", config.paths.checkpoints / RESULT)
         return done
-    world = join_world(config.device)
-    lock = artifacts.folder_lock(config.paths.checkpoints) if world.rank == 0 else contextlib.nullcontext()
+    processes = join_processes(config.device)
+    lock = artifacts.folder_lock(config.paths.checkpoints) if processes.rank == 0 else contextlib.nullcontext()
     with lock, console.timed("Stage 1, texture encoder") as clock, console.stop_requests() as stop:
-        run = Run(config, identity, world, on_progress)
+        run = Run(config, identity, processes, on_progress)
         if resume:
             run.resume()
-        if world.rank == 0:
+        if processes.rank == 0:
             artifacts.remove_stale_temporaries(config.paths.checkpoints)
             run.forget_others()
         earlier = run.progress.seconds
         run.train(stop)
-        if world.size > 1:
+        if processes.count > 1:
             torch.distributed.barrier()
-        return run.finish(earlier + clock()) if world.rank == 0 else {"steps": run.progress.step}
+        return run.finish(earlier + clock()) if processes.rank == 0 else {"steps": run.progress.step}
 
 
 def plan(config: Config) -> dict[str, Any]:

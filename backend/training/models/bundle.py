@@ -12,7 +12,7 @@ import torch
 
 from backend import artifacts
 from backend.errors import InvalidArtifactError
-from backend.training.models.stage2_unet import CHANNELS, HairInpaintingUNet, empty_unet, unet_config
+from backend.training.models.stage2_unet import CHANNELS, HairInpaintingUNet, network_of, unet_config
 from backend.training.models.texture_encoder import TextureEncoder
 
 FORMAT = "deephair-bundle-1"
@@ -117,8 +117,7 @@ def _check_header(path: Path, header: dict[str, Any]) -> None:
 
 def _skeleton(path: Path, header: dict[str, Any]) -> tuple[HairInpaintingUNet, TextureEncoder]:
     try:
-        model = HairInpaintingUNet(empty_unet(header["unet_config"]), int(header["style_tokens"]), header.get("injection", "appended"))
-        return model, TextureEncoder(tuple(int(n) for n in header["texture_layers"]))
+        return network_of(header), TextureEncoder(tuple(int(n) for n in header["texture_layers"]))
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise InvalidArtifactError(f"{path}: its header describes no network that can be built: {error}") from error
 

@@ -75,8 +75,10 @@ class PerceptualNet(LpipsNet):
             for block, numbers in zip(network.blocks, indices, strict=True):
                 convolutions_here = [layer for layer in block.children() if isinstance(layer, nn.Conv2d)]
                 for convolution, number in zip(convolutions_here, numbers, strict=True):
-                    _fill(convolution, convolutions, number)
-            _fill_heads(network, heads)
+                    assert convolution.bias is not None  # built with one, above
+                    convolution.weight.copy_(convolutions[f"features.{number}.weight"])
+                    convolution.bias.copy_(convolutions[f"features.{number}.bias"])
+        _fill_heads(network, heads)
         return network.eval()
 
     def features(self, image: torch.Tensor) -> list[torch.Tensor]:
@@ -90,48 +92,39 @@ class PerceptualNet(LpipsNet):
 
 
 class AlexNet(LpipsNet):
-    """The convolutions of AlexNet as torchvision has them (arXiv 1404.5997) with LPIPS' heads: the backbone that papers report."""
+    """torchvision's AlexNet (arXiv 1404.5997) with LPIPS' heads: the backbone that papers report."""
 
     def __init__(self) -> None:
+        from torchvision.models import alexnet
+
         super().__init__((64, 192, 384, 256, 256))
-        self.convolutions = nn.ModuleList(
-            [
-                nn.Conv2d(3, 64, 11, stride=4, padding=2),
-                nn.Conv2d(64, 192, 5, padding=2),
-                nn.Conv2d(192, 384, 3, padding=1),
-                nn.Conv2d(384, 256, 3, padding=1),
-                nn.Conv2d(256, 256, 3, padding=1),
-            ]
-        )
+        with torch.device("meta"):  # its classifier has 58 million weights that nobody wants
+            convolutions = alexnet().features[:-1]  # without the last pooling
+        self.convolutions = convolutions.to_empty(device="cpu")
         self.requires_grad_(False)
 
     @classmethod
     def from_tensors(cls, convolutions: dict[str, torch.Tensor], heads: dict[str, torch.Tensor]) -> AlexNet:
         """Built from torchvision's AlexNet names (``features.{0,3,6,8,10}.weight``) and lpips'. Raises KeyError or RuntimeError."""
         network = cls()
-        with torch.no_grad():
-            for convolution, number in zip(network.convolutions, (0, 3, 6, 8, 10), strict=True):
-                assert isinstance(convolution, nn.Conv2d)
-                _fill(convolution, convolutions, number)
-            _fill_heads(network, heads)
+        prefix = "features."
+        wanted = {name.removeprefix(prefix): value for name, value in convolutions.items() if name.startswith(prefix)}
+        network.convolutions.load_state_dict(wanted)
+        _fill_heads(network, heads)
         return network.eval()
 
     def features(self, image: torch.Tensor) -> list[torch.Tensor]:
         """The five feature maps of (B, 3, H, W) in [-1, 1]; H and W of 31 at least."""
         current = (image - self.mean) / self.std
         maps = []
-        for number, convolution in enumerate(self.convolutions):
-            current = F.relu(convolution(F.max_pool2d(current, 3, stride=2) if number in (1, 2) else current))
-            maps.append(current)
+        for layer in self.convolutions.children():
+            current = layer(current)
+            if isinstance(layer, nn.ReLU):
+                maps.append(current)
         return maps
 
 
-def _fill(convolution: nn.Conv2d, tensors: dict[str, torch.Tensor], number: int) -> None:
-    assert convolution.bias is not None  # all of them are built with one
-    convolution.weight.copy_(tensors[f"features.{number}.weight"])
-    convolution.bias.copy_(tensors[f"features.{number}.bias"])
-
-
+@torch.no_grad()
 def _fill_heads(network: LpipsNet, tensors: dict[str, torch.Tensor]) -> None:
     for k, head in enumerate(network.heads):
         head.copy_(tensors[f"lin{k}.model.1.weight"])

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 from diffusers import DDPMScheduler
+from diffusers.training_utils import compute_snr
 
 from backend.errors import UsageError
 
@@ -57,8 +58,7 @@ class NoiseSchedule:
 
         For noise min(SNR, gamma) / SNR, for velocity min(SNR, gamma) / (SNR + 1); all ones when gamma is 0.
         """
-        alpha = self.alpha(timesteps).float()
         if gamma == 0:
-            return torch.ones_like(alpha)
-        snr = (alpha / (1 - alpha)).clamp_min(1e-8)  # zero terminal SNR: the last timestep has none
+            return torch.ones(len(timesteps), device=timesteps.device)
+        snr: torch.Tensor = compute_snr(self._forward, timesteps).float().clamp_min(1e-8)  # zero terminal SNR: the last timestep has none
         return snr.clamp_max(gamma) / (snr if self.kind == "epsilon" else snr + 1)

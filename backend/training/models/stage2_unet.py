@@ -175,6 +175,14 @@ def load_start(model: HairInpaintingUNet, path: Path) -> None:
         raise InvalidArtifactError(f"{path} holds values that are not finite")
 
 
+def network_of(header: dict[str, Any]) -> HairInpaintingUNet:
+    """The network that the header of a checkpoint or bundle describes, with weights yet to be loaded.
+
+    Raises KeyError, TypeError or ValueError when it describes none.
+    """
+    return HairInpaintingUNet(empty_unet(header["unet_config"]), int(header["style_tokens"]), header.get("injection", "appended"))
+
+
 def empty_unet(config: dict[str, Any]) -> Any:
     """A UNet of a stored configuration, with weights to be filled in (used when loading a bundle)."""
     from diffusers import UNet2DConditionModel
