@@ -218,6 +218,7 @@ class AppConfig(Section):
     max_megapixels: Annotated[float, Field(gt=0)] = 25.0
     ttl_s: Positive = 3600  # photos and results are deleted this long after a job has ended
     smooth_face: bool = True
+    gallery: AnchoredPath = Path("backend/app/static/gallery")  # reference pictures that the page offers
     cors_origin: str = ""  # one explicit origin, or none
     allowed_hosts: tuple[str, ...] = ()  # further names that the server answers to, beside host and localhost
     api_key: str = Field(default="", exclude=True)  # never written into a report or a checkpoint's header
@@ -339,7 +340,7 @@ def _parse_override(text: str) -> tuple[str, Any]:
 
 
 def _path_keys() -> set[str]:
-    return {f"paths.{name}" for name in PathsConfig.model_fields} | {"data.images", "data.labels", "train.start", "evaluate.pairs"}
+    return {f"paths.{name}" for name in PathsConfig.model_fields} | {"data.images", "data.labels", "train.start", "evaluate.pairs", "app.gallery"}
 
 
 def _refuse_unknown(keys: Iterable[str], *, source: str) -> None:

@@ -16,7 +16,9 @@ from fastapi.testclient import TestClient
 
 from backend.config import Config
 from backend.demo.portraits import render, sample_hairstyle, sample_identity, sample_scene
+from backend.errors import UsageError
 from backend.imaging.decode import decode_upload, encode_png
+from backend.training.data_processing.prompts import NEUTRAL_PROMPT, prompt_from_choice
 from backend.tryon.pipeline import TryOn
 from backend.tryon.values import Cancelled, TryOnError, TryOnRequest
 from tests.conftest import World
@@ -87,6 +89,9 @@ def test_photos_that_cannot_be_worked_with_are_explained(tryon: TryOn, upload: n
     with pytest.raises(TryOnError) as caught:
         tryon.run(TryOnRequest(upload, None, None))
     assert caught.value.code == "nothing_to_try"
+    with pytest.raises(TryOnError) as caught:  # no hair of one's own to keep, none to recolour
+        tryon.run(TryOnRequest(upload, wall, None))
+    assert caught.value.code == "no_hair"
     with pytest.raises(TryOnError, match="face 9 was chosen"):
         tryon.run(TryOnRequest(upload, reference, None, face=9))
     pair = np.hstack([cv2.resize(_portrait(seed, yaw=0.0), (500, 500)) for seed in (7, 7)])
@@ -94,6 +99,77 @@ def test_photos_that_cannot_be_worked_with_are_explained(tryon: TryOn, upload: n
         tryon.run(TryOnRequest(pair, reference, None))
     assert caught.value.code == "many_faces"
     assert tryon.run(TryOnRequest(pair, reference, None, face=1)).image.shape == pair.shape
+
+
+def _lab(image: np.ndarray, where: np.ndarray) -> np.ndarray:
+    return cv2.cvtColor(image.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)[where].mean(axis=0)
+
+
+def test_a_painted_mask_replaces_the_region_to_the_pixel(tryon: TryOn, upload: np.ndarray, reference: np.ndarray) -> None:
+    brush = np.zeros(SIZE, np.uint8)
+    cv2.circle(brush, (750, 350), 211, 1, -1)  # any value but zero
+    result = tryon.run(TryOnRequest(upload, reference, mask=brush))
+    changed = (result.image != upload).any(axis=2)
+    assert not changed[brush == 0].any() and not result.mask[brush == 0].any()
+    core = cv2.erode(brush, np.ones((61, 61), np.uint8)) > 0
+    assert (result.mask[core] > 0.99).all() and changed[core].mean() > 0.5  # the whole of it, hair or not
+    for wrong, code in ((brush[:-1], "mask_size"), (np.zeros_like(brush), "empty_mask")):
+        with pytest.raises(TryOnError) as caught:
+            tryon.run(TryOnRequest(upload, reference, mask=wrong))
+        assert caught.value.code == code
+    beside = np.zeros(SIZE, np.uint8)
+    beside[:40, :40] = 255
+    with pytest.raises(TryOnError, match="beside the head"):
+        tryon.run(TryOnRequest(upload, reference, mask=beside))
+
+
+def test_colour_only_keeps_the_strands_and_the_outline(tryon: TryOn, upload: np.ndarray, reference: np.ndarray) -> None:
+    own = tryon.preview(upload).hair_mask
+    result = tryon.run(TryOnRequest(upload, reference, seed=3, mode="colour"))
+    assert np.array_equal(result.image[result.mask == 0], upload[result.mask == 0])
+    beyond = cv2.dilate(own, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (61, 61)))
+    assert not result.mask[beyond == 0].any()  # nothing but the present hair and its soft edge
+    core = result.mask > 0.999
+    lightness = [cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[core].astype(float) for image in (upload, result.image)]
+    assert np.corrcoef(*lightness)[0, 1] > 0.9  # strand for strand
+    full = tryon.run(TryOnRequest(upload, reference, seed=3))
+    painted = np.logical_and(full.mask > 0.99, tryon.preview(full.image).hair_mask > 0)
+    goal, before, after = _lab(full.image, painted), _lab(upload, core), _lab(result.image, core)
+    assert np.linalg.norm(after - goal) < 0.5 * np.linalg.norm(before - goal)
+
+
+def test_shape_only_keeps_the_own_colour(tryon: TryOn, upload: np.ndarray, reference: np.ndarray) -> None:
+    own = _lab(upload, tryon.preview(upload).hair_mask > 0)
+    full, shaped = (tryon.run(TryOnRequest(upload, reference, seed=3, mode=mode)) for mode in ("full", "shape"))
+    assert np.array_equal(full.mask, shaped.mask)  # the same hair, in another colour
+    hair = np.logical_and(full.mask > 0.99, tryon.preview(full.image).hair_mask > 0)
+    assert np.linalg.norm(_lab(shaped.image, hair) - own) < 0.5 * np.linalg.norm(_lab(full.image, hair) - own)
+
+
+def test_strength_begins_with_the_photo(tryon: TryOn, upload: np.ndarray, reference: np.ndarray) -> None:
+    """A weak one makes fewer steps and stays nearer to the photo; 1 is what was painted without the setting."""
+    steps: list[tuple[int, int]] = []
+    results = {
+        strength: tryon.run(
+            TryOnRequest(upload, reference, seed=3, steps=10, strength=strength), on_step=lambda done, total: steps.append((done, total))
+        )
+        for strength in (0.0, 0.3, 1.0)
+    }
+    assert steps == [(1, 1)] + [(n, 3) for n in (1, 2, 3)] + [(n, 10) for n in range(1, 11)]
+    both = (results[0.3].mask > 0.99) & (results[1.0].mask > 0.99)
+    far = {strength: np.abs(result.image[both].astype(float) - upload[both]).mean() for strength, result in results.items()}
+    assert far[0.3] < far[1.0]
+    assert np.array_equal(results[1.0].image, tryon.run(TryOnRequest(upload, reference, seed=3, steps=10)).image)
+
+
+def test_attributes_become_stage_0s_words() -> None:
+    photo = np.zeros((8, 8, 3), np.uint8)
+    picked = TryOnRequest(photo, None, length="long", curl="wavy", color="black", bangs="full")
+    assert picked.words() == prompt_from_choice("long", "wavy", "black", "full") != NEUTRAL_PROMPT
+    assert TryOnRequest(photo, None, "shiny", color="red").words() == f"{prompt_from_choice(colour='red')}, shiny"
+    assert (TryOnRequest(photo, None, "shiny").words(), TryOnRequest(photo, photo).words()) == ("shiny", NEUTRAL_PROMPT)
+    with pytest.raises(UsageError, match="curl 'kinky' is unknown"):
+        TryOnRequest(photo, photo, curl="kinky").check()
 
 
 def test_a_job_over_http_gives_the_pipelines_picture(config: Config, tryon: TryOn, upload: np.ndarray, reference: np.ndarray) -> None:

@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import quote
 
 from fastapi import APIRouter, Depends, FastAPI, Header, Request
 from fastapi.responses import FileResponse, PlainTextResponse, Response, StreamingResponse
@@ -16,11 +17,13 @@ from starlette.staticfiles import StaticFiles
 
 from backend import __version__
 from backend.app import problems
+from backend.app.gallery import gallery_names, gallery_picture, gallery_title
 from backend.app.problems import Problem
-from backend.app.schemas import FaceView, JobView, ModelsView, PreviewView, ProblemView, StatusView
+from backend.app.schemas import FaceView, GalleryEntry, JobView, ModelsView, PreviewView, ProblemView, StatusView
 from backend.app.security import Envelope, Guard
 from backend.app.service import Service
 from backend.app.uploads import (
+    BRUSH_FILE,
     MASK_FILE,
     REFERENCE_FILE,
     RESULT_FILE,
@@ -44,13 +47,17 @@ STATIC = Path(__file__).parent / "static"
 _JOB_FORM = form_schema(
     {
         "target": "The portrait: JPEG, PNG or WebP",
-        "reference": "A photo of the wanted hair; may be left out when there is a prompt",
+        "reference": "A photo of the wanted hair; may be left out when there is a prompt or an attribute",
+        "mask": "Where hair may change: a PNG of the upright portrait's size, not black and not transparent there",
     },
     ("target",),
     JobOptions,
 )
 _PREVIEW_FORM = form_schema({"target": "The portrait: JPEG, PNG or WebP"}, ("target",), PreviewOptions)
 _EVENTS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}, "description": "The events"}}
+_PICTURE: dict[int | str, dict[str, Any]] = {
+    200: {"content": {f"image/{kind}": {} for kind in ("jpeg", "png", "webp")}, "description": "The picture"}
+}
 _PNG: dict[int | str, dict[str, Any]] = {200: {"content": {"image/png": {}}, "description": "The picture"}}
 
 
@@ -78,18 +85,24 @@ api = APIRouter(prefix="/api/v1")
     responses=_errors(400, 408, 413, 415, 422, 429, 503),
 )
 async def create_job(request: Request, response: Response, service: Server) -> JobView:
-    """Queues a try-on: the hair of ``reference``, of the words in ``prompt``, or both, for the person of ``target``."""
+    """Queues a try-on: the hair of ``reference``, or of the attributes and words, or of both, for the person of ``target``.
+
+    A job that comes while the model is being loaded waits like any other.
+    """
     # The body is read whatever the answer will be: a client that is still sending does not see an answer, but a broken connection.
-    files, options = await read_form(request, service.settings, ("target", "reference"), JobOptions)
-    service.model()
+    files, options = await read_form(request, service.settings, ("target", "reference", "mask"), JobOptions)
     await run_in_threadpool(service.refuse_when_full)  # before decoding for nothing; submit() checks again, for good
     if "target" not in files:
         raise Problem("invalid_form", "The field 'target' (the portrait) is missing.")
-    if "reference" not in files and options.prompt is None:
-        raise Problem("invalid_form", "A reference photo or a prompt is needed.", hint="fill the field 'reference' or 'prompt'")
-    pictures = {TARGET_FILE: await service.decoder.as_png(files["target"])}
+    if "reference" not in files and not options.describes_hair():
+        hint = "fill the field 'reference', 'prompt', 'length', 'curl', 'color' or 'bangs'"
+        raise Problem("invalid_form", "A reference photo or a description of the hair is needed.", hint=hint)
+    target = await service.decoder.as_png(files["target"])
+    pictures = {TARGET_FILE: target.png}
     if "reference" in files:
-        pictures[REFERENCE_FILE] = await service.decoder.as_png(files["reference"])
+        pictures[REFERENCE_FILE] = (await service.decoder.as_png(files["reference"])).png
+    if "mask" in files:
+        pictures[BRUSH_FILE] = await service.decoder.mask_as_png(files["mask"], target)
     view = await run_in_threadpool(service.submit, options.model_dump(exclude_none=True), pictures)
     response.headers["Location"] = f"/api/v1/jobs/{view.id}"
     return view
@@ -155,6 +168,23 @@ def _preview(service: Service, image: Pixels) -> PreviewView:
         hair_fraction=round(float((seen.hair_mask > 0).mean()), 5),
         hair_mask_png=mask,
     )
+
+
+@api.get("/gallery")
+def read_gallery(service: Server) -> list[GalleryEntry]:
+    """The reference pictures that the operator offers."""
+    names = gallery_names(service.settings.gallery)
+    return [GalleryEntry(name=name, title=gallery_title(name), url=f"/api/v1/gallery/{quote(name, safe='')}") for name in names]
+
+
+@api.get("/gallery/{name}", response_class=Response, responses=_errors(404) | _PICTURE)
+def read_gallery_picture(name: str, service: Server) -> Response:
+    """One of them."""
+    found = gallery_picture(service.settings.gallery, name)
+    if found is None:
+        raise Problem("not_found", "There is no such picture in the gallery.")
+    content, media_type = found
+    return Response(content, media_type=media_type, headers={"Cache-Control": "private, max-age=3600"})
 
 
 # What a client may know of the bundle's header; the rest (configuration, paths) is the operator's.

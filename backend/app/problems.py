@@ -34,6 +34,8 @@ PROBLEMS: dict[str, tuple[int, str]] = {
     "unsupported_format": (415, "This picture format is not taken"),
     "truncated": (422, "The picture is damaged or cut off"),
     "too_small": (422, "The picture or the face in it is too small"),
+    "mask_size": (422, "The mask is not of the portrait's size"),
+    "empty_mask": (422, "The mask lets nothing change"),
     "invalid_form": (422, "A field of the form is missing or not valid"),
     "queue_full": (429, "The queue is full"),
     "busy": (429, "The server is busy"),

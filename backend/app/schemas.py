@@ -126,6 +126,14 @@ class ModelsView(BaseModel):
     bundle: dict[str, Any] = Field(description="The public part of the bundle's header")
 
 
+class GalleryEntry(BaseModel):
+    """A reference picture that the operator offers; its bytes are at ``url``."""
+
+    name: str
+    title: str
+    url: str
+
+
 class StatusView(BaseModel):
     """A probe's answer."""
 

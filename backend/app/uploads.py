@@ -6,14 +6,14 @@ import asyncio
 import re
 import unicodedata
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar
 
 import anyio
 import anyio.to_thread
 import numpy as np
 from fastapi import Request
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, field_validator
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -21,15 +21,39 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from backend.app.problems import Problem
 from backend.config import AppConfig
 from backend.errors import DeepHairError
-from backend.imaging.decode import decode_upload, encode_png
+from backend.imaging.decode import decode_mask, decode_upload, encode_png
+from backend.training.data_processing.prompts import choices
+from backend.tryon.values import Mode, check_mask
 
-TARGET_FILE, REFERENCE_FILE, RESULT_FILE, MASK_FILE = "target.png", "reference.png", "result.png", "mask.png"
+TARGET_FILE, REFERENCE_FILE, BRUSH_FILE = "target.png", "reference.png", "brush.png"  # what came
+RESULT_FILE, MASK_FILE = "result.png", "mask.png"  # what was made
 MAX_FIELD_BYTES = 16 * 1024
 MAX_PROMPT = 500  # characters; the text encoders read 77 tokens of it
 
 Pixels = NDArray[np.uint8]
 T = TypeVar("T")
 Options = TypeVar("Options", bound=BaseModel)
+
+
+def _attribute(keys: tuple[str, ...], description: str) -> Any:
+    """The type of a field that takes one of ``keys``, the choices of Stage 0's prompts (``prompts.choices``)."""
+
+    def known(value: str | None) -> str | None:
+        if value is not None and value not in keys:
+            raise ValueError(f"'{value[:40]}' is none of {', '.join(keys)}")
+        return value
+
+    listed = WithJsonSchema({"enum": list(keys), "type": "string"})
+    return Annotated[Annotated[str, listed] | None, AfterValidator(known), Field(description=description)]
+
+
+if TYPE_CHECKING:
+    Length = Curl = Color = Bangs = str | None
+else:
+    Length = _attribute(choices()["length"], "The wanted length, in Stage 0's own words")
+    Curl = _attribute(choices()["curl"], "The wanted curl")
+    Color = _attribute(choices()["colour"], "The wanted colour")
+    Bangs = _attribute(choices()["bangs"], "The wanted bangs")
 
 
 class PreviewOptions(BaseModel):
@@ -48,6 +72,12 @@ class JobOptions(BaseModel):
     steps: int | None = Field(None, ge=1, le=200, description="Sampling steps; the server's own number when absent")
     guidance: float | None = Field(None, ge=1, le=20, description="How closely the reference and words are followed")
     face: int | None = Field(None, ge=0, le=99, description="Which face, as numbered by /api/v1/preview")
+    mode: Mode = Field("full", description="full: the wanted hair; colour: only its colour; shape: all but its colour")
+    strength: float = Field(1.0, ge=0, le=1, description="How far to leave the present hair; 1 begins with noise alone")
+    length: Length = None
+    curl: Curl = None
+    color: Color = None
+    bangs: Bangs = None
 
     @field_validator("prompt")
     @classmethod
@@ -57,8 +87,12 @@ class JobOptions(BaseModel):
         plain = "".join(" " if unicodedata.category(c) in ("Cc", "Cs") else c for c in unicodedata.normalize("NFC", prompt))
         return re.sub(r"\s+", " ", plain).strip() or None
 
+    def describes_hair(self) -> bool:
+        """Whether there are words or attributes that say what hair is wanted."""
+        return any((self.prompt, self.length, self.curl, self.color, self.bangs))
 
-def max_body_bytes(settings: AppConfig, files: int = 2) -> int:
+
+def max_body_bytes(settings: AppConfig, files: int = 3) -> int:
     """The largest body that can be valid: the files, and room for the fields and the boundaries."""
     return files * settings.max_upload_mb * 2**20 + 8 * MAX_FIELD_BYTES
 
@@ -119,6 +153,14 @@ async def _file_bytes(form: FormData, name: str, settings: AppConfig) -> bytes |
     return await part.read()
 
 
+class Kept(NamedTuple):
+    """An upload as it is kept: a PNG of our own, upright, and its size."""
+
+    png: bytes
+    height: int
+    width: int
+
+
 class Decoder:
     """Decodes uploads in threads, two at a time, so that many large ones at once cost no more memory than two."""
 
@@ -130,14 +172,18 @@ class Decoder:
         """(H, W, 3) uint8 RGB. Raises Problem with the code of the ImageError."""
         return await self._in_thread(_decode, data, self._max_pixels)
 
-    async def as_png(self, data: bytes) -> bytes:
+    async def as_png(self, data: bytes) -> Kept:
         """The picture as a PNG of our own, without metadata."""
         return await self._in_thread(_as_png, data, self._max_pixels)
 
-    async def _in_thread(self, function: Callable[[bytes, int], T], data: bytes, max_pixels: int) -> T:
+    async def mask_as_png(self, data: bytes, target: Kept) -> bytes:
+        """A painted mask as an 8-bit PNG of 0 and 255. Raises Problem mask_size or empty_mask where it is none for ``target``."""
+        return await self._in_thread(_mask_as_png, data, self._max_pixels, target)
+
+    async def _in_thread(self, function: Callable[..., T], *arguments: object) -> T:
         if self._limiter is None:  # it belongs to the running event loop
             self._limiter = anyio.CapacityLimiter(2)
-        return await anyio.to_thread.run_sync(function, data, max_pixels, limiter=self._limiter)
+        return await anyio.to_thread.run_sync(function, *arguments, limiter=self._limiter)
 
 
 def _decode(data: bytes, max_pixels: int) -> Pixels:
@@ -147,8 +193,18 @@ def _decode(data: bytes, max_pixels: int) -> Pixels:
         raise Problem.of(error) from error
 
 
-def _as_png(data: bytes, max_pixels: int) -> bytes:
-    return encode_png(_decode(data, max_pixels), compression=1)
+def _as_png(data: bytes, max_pixels: int) -> Kept:
+    image = _decode(data, max_pixels)
+    return Kept(encode_png(image, compression=1), *image.shape[:2])
+
+
+def _mask_as_png(data: bytes, max_pixels: int, target: Kept) -> bytes:
+    try:
+        mask = decode_mask(data, max_pixels=max_pixels)
+        check_mask(mask, target.height, target.width)
+    except DeepHairError as error:
+        raise Problem.of(error) from error
+    return encode_png(mask, compression=1)
 
 
 def form_schema(files: Mapping[str, str], required: tuple[str, ...], options: type[BaseModel]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from backend import weights as pretrained
 from backend.app.jobs import Job, JobStore, State
 from backend.app.telemetry import log_event
-from backend.app.uploads import MASK_FILE, REFERENCE_FILE, RESULT_FILE, TARGET_FILE
+from backend.app.uploads import BRUSH_FILE, MASK_FILE, REFERENCE_FILE, RESULT_FILE, TARGET_FILE
 from backend.config import Config
 from backend.errors import DeepHairError
 from backend.imaging.decode import ImageError, encode_png, read_png
@@ -173,19 +173,13 @@ class Worker(threading.Thread):
         from backend.tryon.values import TryOnRequest
 
         folder = self._store.folder(job.id)
+        files = (TARGET_FILE, REFERENCE_FILE, BRUSH_FILE)
         try:
-            target = read_png(folder / TARGET_FILE)
-            reference = read_png(folder / REFERENCE_FILE) if (folder / REFERENCE_FILE).is_file() else None
+            pictures = {name: read_png(folder / name) for name in files if name == TARGET_FILE or (folder / name).is_file()}
         except ImageError as error:  # its message names a path of this machine, which is nobody else's business
             raise DeepHairError("the stored photo cannot be read back", hint="send it again", code="storage") from error
         return TryOnRequest(
-            target=target,
-            reference=reference,
-            prompt=job.options.get("prompt"),
-            seed=job.options.get("seed", 0),
-            steps=job.options.get("steps"),
-            guidance=job.options.get("guidance"),
-            face=job.options.get("face"),
+            target=pictures[TARGET_FILE], reference=pictures.get(REFERENCE_FILE), mask=pictures.get(BRUSH_FILE), **job.options
         )
 
     def _step_listener(self, job_id: str) -> Callable[[int, int], None]:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backend.imaging.crop import Box
-from backend.imaging.masks import grow, shrink
+from backend.imaging.masks import any_coverage, grow, shrink
 
 Method = Literal["telea", "ns", "two_part"]
 
@@ -33,20 +33,13 @@ def remove_hair(
     side = image.shape[0]
     work = min(side, WORK_SIDE)
     small = cv2.resize(image, (work, work), interpolation=cv2.INTER_AREA)
-    hole = grow(_any_coverage(region, work), STRAY_MARGIN * work)
+    hole = grow(any_coverage(region, work), STRAY_MARGIN * work)
     scale = work / side
     face = None if face_box is None else tuple(v * scale for v in face_box)
     fill = _two_part(small, hole, face) if method == "two_part" else _opencv(small, hole, method)
     filled = image.copy()
     cv2.copyTo(cv2.resize(fill, (side, side), interpolation=cv2.INTER_CUBIC), region, filled)
     return filled
-
-
-def _any_coverage(mask: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
-    """The mask reduced so that a small pixel is set where any part of it was."""
-    if mask.shape[0] == side:
-        return mask
-    return np.where(cv2.resize(mask, (side, side), interpolation=cv2.INTER_AREA) > 0, 255, 0).astype(np.uint8)
 
 
 def _opencv(image: NDArray[np.uint8], hole: NDArray[np.uint8], method: Literal["telea", "ns"]) -> NDArray[np.uint8]:

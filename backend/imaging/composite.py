@@ -34,12 +34,18 @@ def feathered(region: NDArray[np.uint8], width: float) -> NDArray[np.float32]:
 
 
 def paste_back(
-    original: NDArray[np.uint8], generated: NDArray[np.uint8], region: NDArray[np.uint8], square: Square, feather: float
+    original: NDArray[np.uint8],
+    generated: NDArray[np.uint8],
+    region: NDArray[np.uint8],
+    square: Square,
+    feather: float,
+    allowed: NDArray[np.uint8] | None = None,
 ) -> Pasted:
     """Lays a generated head crop over the upload.
 
-    original: (H, W, 3) uint8 RGB. generated: (S, S, 3) uint8, the crop of ``square`` at the model's resolution. region: (S, S) uint8
-    0/255, what may change. feather: width of the soft edge as a share of the crop's side. Parts beyond the frame are dropped.
+    original: (H, W, 3) uint8 RGB. generated: (S, S, 3) uint8, the crop of ``square`` at any resolution. region: (R, R) uint8 0/255,
+    what may change, at any resolution. feather: width of the soft edge as a share of the crop's side. allowed: (H, W) uint8, zero
+    where the original stays whatever the others say. Parts beyond the frame are dropped.
     """
     height, width = original.shape[:2]
     side = square.side
@@ -53,6 +59,8 @@ def paste_back(
     if x1 > x0 and y1 > y0:
         window = np.s_[y0 - square.y0 : y1 - square.y0, x0 - square.x0 : x1 - square.x0]
         alpha = soft[window]
+        if allowed is not None:
+            alpha = np.where(allowed[y0:y1, x0:x1] > 0, alpha, np.float32(0))
         mask[y0:y1, x0:x1] = alpha
         under = original[y0:y1, x0:x1].astype(np.float32)
         blended = under + (enlarged[window].astype(np.float32) - under) * alpha[..., None]

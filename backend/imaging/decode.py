@@ -47,6 +47,24 @@ def decode_upload(data: bytes, *, max_pixels: int) -> NDArray[np.uint8]:
         return _to_rgb(upright)
 
 
+def decode_mask(data: bytes, *, max_pixels: int) -> NDArray[np.uint8]:
+    """A painted mask, a PNG, as (H, W) uint8 0/255: 255 where a pixel is neither black nor wholly transparent.
+
+    Only PNG, since what a lossy format makes of black is not black. Bounds and errors are those of ``decode_upload``.
+    """
+    if sniff(data) in ("JPEG", "WEBP"):
+        raise ImageError("the mask is not a PNG", hint="send the mask as an 8-bit PNG", code="unsupported_format")
+    with _open(data, max_pixels) as picture:
+        upright = ImageOps.exif_transpose(_loaded(picture))
+        if upright.mode in ("RGBA", "LA", "PA", "La", "RGBa", "P"):
+            rgba = np.asarray(upright.convert("RGBA"))
+            painted = rgba[..., :3].any(axis=2) & (rgba[..., 3] > 0)
+        else:
+            values = np.asarray(upright)
+            painted = values.any(axis=2) if values.ndim == 3 else values > 0
+        return np.where(painted, 255, 0).astype(np.uint8)
+
+
 def decode_stored(data: bytes, *, max_pixels: int) -> NDArray[np.uint8]:
     """A dataset photo as (H, W, 3) uint8 RGB in its STORED frame: labels live there, so EXIF orientation is not applied.
 

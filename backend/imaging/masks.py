@@ -46,6 +46,13 @@ def shrink(mask: NDArray[np.uint8], radius: float) -> NDArray[np.uint8]:
     return cv2.erode(mask, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (size, size))).astype(np.uint8, copy=False)
 
 
+def any_coverage(mask: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+    """A square mask at another side, (side, side) uint8 0/255: a pixel is set where any part of it was."""
+    if mask.shape[0] == side:
+        return mask
+    return np.where(cv2.resize(mask, (side, side), interpolation=cv2.INTER_AREA) > 0, 255, 0).astype(np.uint8)
+
+
 @dataclass(frozen=True)
 class RegionShape:
     """Measures of the edit region in units of the face box; the defaults are those of serving, inside the ranges of training."""

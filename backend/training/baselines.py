@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
-
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from skimage.color import lab2rgb, rgb2lab
 
 from backend.imaging import composite, crop, masks
+from backend.imaging.recolour import colour_statistics, recoloured
 from backend.training.prepared import Sample
 
 Picture = NDArray[np.uint8]
@@ -22,13 +20,8 @@ def colour_transfer(target: Sample, reference: Sample, feather: float) -> Pictur
     """
     if not target.hair.any() or not reference.hair.any():
         raise ValueError("colour transfer needs hair in both photos")
-    ours, theirs = _lab(target.photo), _lab(reference.photo)[reference.hair > 0]
-    inside = ours[target.hair > 0]
-    spread = theirs.std(axis=0) / np.maximum(inside.std(axis=0), 1e-6)
-    moved = (ours - inside.mean(axis=0)) * spread + theirs.mean(axis=0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # colours that no screen shows are clipped, as they should be
-        rgb = np.clip(lab2rgb(moved) * 255.0, 0, 255).round().astype(np.uint8)
+    own, wanted = colour_statistics(target.photo, target.hair), colour_statistics(reference.photo, reference.hair)
+    rgb = recoloured(target.photo, own, wanted)
     square = crop.Square(0, 0, target.photo.shape[0])
     return composite.paste_back(target.photo, rgb, target.hair, square, feather).image
 
@@ -57,7 +50,3 @@ def face_to_face(hair: Picture, face_box: crop.Box | None, other_hair: Picture, 
     scale = max(onto[2] - onto[0], onto[3] - onto[1]) / max(own[2] - own[0], own[3] - own[1], 1e-6)
     across = (onto[0] + onto[2]) / 2 - scale * (own[0] + own[2]) / 2
     return np.array([[scale, 0.0, across], [0.0, scale, onto[1] - scale * own[1]]], np.float32)
-
-
-def _lab(picture: Picture) -> NDArray[np.float64]:
-    return np.asarray(rgb2lab(picture.astype(np.float64) / 255.0))

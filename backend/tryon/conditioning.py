@@ -42,14 +42,16 @@ def head_input(
     shape: masks.RegionShape | None = None,
     borrowed: Sequence[masks.Silhouette] = (),
     landmarks: Sequence[Sequence[float]] | NDArray[np.floating] | None = None,
+    chosen: NDArray[np.uint8] | None = None,
 ) -> HeadInput:
     """The edit region of a head crop and the crop with that region filled.
 
     The whole region is filled, not only the hair: a fill that ended where the hair ends would show its outline to the network.
     photo: (S, S, 3) uint8 RGB; hair: (S, S) 0/255; shape, borrowed: random in training, see
-    ``masks.edit_region``; nothing when serving. landmarks: (5, 2) in the crop's pixels, for the structure map.
+    ``masks.edit_region``; nothing when serving. landmarks: (5, 2) in the crop's pixels, for the structure map. chosen: (S, S) 0/255,
+    a region that a person has painted instead of the shared one.
     """
-    region = masks.edit_region(hair, face_box, shape, borrowed)
+    region = masks.edit_region(hair, face_box, shape, borrowed) if chosen is None else chosen
     drawn = structure.head_structure(photo.shape[0], face_box, landmarks)
     return HeadInput(region, bald.remove_hair(photo, region, face_box, method), drawn)
 

@@ -30,13 +30,17 @@ def device_and_dtype(config: Config) -> tuple[torch.device, torch.dtype]:
 
 @dataclass(frozen=True)
 class PaintRequest:
-    """One head to paint. style: a 224 x 224 uint8 RGB picture or None; identity: (512,) or None; prompt: may be empty."""
+    """One head to paint. style: a 224 x 224 uint8 RGB picture or None; identity: (512,) or None; prompt: may be empty.
+
+    photo: (S, S, 3) uint8 RGB, what a strength below 1 begins with; needed only there.
+    """
 
     head: conditioning.HeadInput
     style: NDArray[np.uint8] | None
     identity: NDArray[np.float32] | None
     prompt: str
     seed: int
+    photo: NDArray[np.uint8] | None = None
 
 
 class Painter:
@@ -73,10 +77,14 @@ class Painter:
         *,
         steps: int,
         guidance: float,
+        strength: float = 1.0,
         on_step: Callable[[int, int], None] | None = None,
         cancelled: Callable[[], bool] | None = None,
     ) -> torch.Tensor:
-        """Paints a batch: (B, 3, S, S) float32 in about [-1, 1]; not yet checked for being finite. Raises Cancelled."""
+        """Paints a batch: (B, 3, S, S) float32 in about [-1, 1]; not yet checked for being finite. Raises Cancelled.
+
+        strength: 1 begins with noise, less with the requests' photos (``sampling.sample``).
+        """
         return sample(
             self.sampler,
             [request.head for request in requests],
@@ -84,6 +92,8 @@ class Painter:
             seeds=[request.seed for request in requests],
             steps=steps,
             guidance=guidance,
+            strength=strength,
+            photos=[request.photo for request in requests if request.photo is not None],
             on_step=on_step,
             cancelled=cancelled,
         )

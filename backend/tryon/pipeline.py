@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,11 +12,11 @@ from numpy.typing import NDArray
 
 from backend.config import Config
 from backend.errors import MissingInputError
-from backend.imaging import bald, composite, crop, masks, patches
-from backend.training.data_processing.prompts import NEUTRAL_PROMPT
+from backend.imaging import bald, crop, masks, patches
 from backend.training.models.bundle import load_bundle
 from backend.training.training_face import DetectedFace, FaceAnalyzer
 from backend.tryon.conditioning import head_input, to_pictures
+from backend.tryon.finishing import Head, Painted, finish
 from backend.tryon.painter import Painter, PaintRequest, device_and_dtype
 from backend.tryon.segmentation import HairParser
 from backend.tryon.values import Cancelled, FaceInfo, Preview, TryOnError, TryOnRequest, TryOnResult
@@ -27,15 +26,6 @@ __all__ = ["Cancelled", "FaceInfo", "Preview", "TryOn", "TryOnError", "TryOnRequ
 MIN_FACE = 40  # px in the upload; below that a head is too small to be restyled
 RIVAL_SHARE = 0.2  # a second face of this share of the largest one's area makes the choice a question for the person
 MIN_HAIR = 0.004  # share of a reference's head crop that must be hair
-
-
-@dataclass(frozen=True)
-class _Head:
-    square: crop.Square
-    photo: NDArray[np.uint8]  # the crop at the model's resolution
-    native: NDArray[np.uint8]  # the crop at the upload's own scale
-    hair: NDArray[np.uint8]  # at the upload's own scale
-    face_box: crop.Box | None  # in the crop at the model's resolution
 
 
 class TryOn:
@@ -87,32 +77,45 @@ class TryOn:
         cancelled: Callable[[], bool] | None = None,
     ) -> TryOnResult:
         """Paints the reference's hair on the target. Raises TryOnError with an explanation, or Cancelled within one step."""
-        if request.reference is None and not request.prompt:
-            raise TryOnError(
-                "neither a reference photo nor a description of the hair was given", hint="give one of the two", code="nothing_to_try"
-            )
+        request.check()
         start = time.monotonic()
         face = self._target_face(request.target, request.face)
         head = self._head(request.target, face)
         assert head.face_box is not None
-        hair = crop.resize(head.hair, self._resolution)
         photo = bald.smooth_face(head.photo, head.face_box) if self.config.app.smooth_face else head.photo
-        points = head.square.scaled(face.landmarks, self._resolution)
-        entered = head_input(photo, hair, head.face_box, method=self.config.data.bald, landmarks=points)
+        entered = head_input(
+            photo,
+            crop.resize(head.hair, self._resolution),
+            head.face_box,
+            method=self.config.data.bald,
+            landmarks=head.square.scaled(face.landmarks, self._resolution),
+            chosen=None if request.mask is None else self._chosen_region(request.mask, head.square),
+        )
         paint_request = PaintRequest(
             head=entered,
             style=None if request.reference is None else self.style_picture(request.reference),
             identity=self._faces.embed(request.target, face.landmarks),
-            prompt=request.prompt or NEUTRAL_PROMPT,
+            prompt=request.words(),
             seed=request.seed,
+            photo=photo,
         )
         steps, guidance = request.steps or self.config.sample.steps, request.guidance or self.config.sample.guidance
-        painted = self._painter.paint([paint_request], steps=steps, guidance=guidance, on_step=on_step, cancelled=cancelled)
-        generated = checked_output(painted, entered.region)
-        region = masks.changed_region(entered.region, hair, self._parser.hair(generated), head.face_box)
-        pasted = composite.paste_back(request.target, generated, region, head.square, self.config.sample.feather)
+        painted = self._painter.paint(
+            [paint_request], steps=steps, guidance=guidance, strength=request.strength, on_step=on_step, cancelled=cancelled
+        )
+        picture = checked_output(painted, entered.region)
+        pasted = finish(
+            request.target,
+            head,
+            Painted(picture, self._parser.hair(picture), entered.region),
+            mode=request.mode,
+            feather=self.config.sample.feather,
+            chosen=request.mask,
+        )
         info = {
             "bundle_sha256": self.bundle_sha256,
+            "mode": request.mode,
+            "strength": request.strength,
             "seed": request.seed,
             "steps": steps,
             "guidance": guidance,
@@ -121,6 +124,13 @@ class TryOn:
             "changed_share": round(float((pasted.mask > 0).mean()), 4),
         }
         return TryOnResult(pasted.image, pasted.mask, info)
+
+    def _chosen_region(self, mask: NDArray[np.uint8], square: crop.Square) -> NDArray[np.uint8]:
+        """The person's mask in the head crop, at the model's resolution. Raises TryOnError where it lies beside the head."""
+        region = masks.any_coverage(np.where(crop.crop_square(mask, square) > 0, 255, 0).astype(np.uint8), self._resolution)
+        if not region.any():
+            raise TryOnError("the mask lies beside the head", hint="paint where the hair is or shall be", code="empty_mask")
+        return region
 
     def style_picture(self, reference: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """The reference's hair as Stage 1 sees it. A reference from behind has no face and is taken as it is. Raises TryOnError."""
@@ -158,7 +168,7 @@ class TryOn:
             raise TryOnError("the face is seen from the side", hint="use a photo that shows both eyes", code="side_view")
         return face
 
-    def _head(self, image: NDArray[np.uint8], face: DetectedFace | None) -> _Head:
+    def _head(self, image: NDArray[np.uint8], face: DetectedFace | None) -> Head:
         """The head crop: first around the face, then around the face and the hair found in the first crop."""
         height, width = image.shape[:2]
         square = crop.head_square(
@@ -174,7 +184,7 @@ class TryOn:
                 hair = self._parser.hair(crop.crop_square(image, square))
         native = crop.crop_square(image, square)
         box = square.scaled_box(face.box, self._resolution) if face else None
-        return _Head(square, crop.resize(native, self._resolution), native, hair, box)
+        return Head(square, crop.resize(native, self._resolution), native, hair, box)
 
 
 def checked_output(painted: torch.Tensor, region: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from backend.errors import InvalidArtifactError
 from backend.training.keyed import torch_generator
@@ -58,13 +60,17 @@ def sample(
     seeds: Sequence[int],
     steps: int,
     guidance: float,
+    strength: float = 1.0,
+    photos: Sequence[NDArray[np.uint8]] = (),
     on_step: Callable[[int, int], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> torch.Tensor:
     """Paints hair: (B, 3, S, S) in [-1, 1] float32, on the model's device.
 
-    conditions: B rows. seeds: one per head. guidance: classifier-free guidance, 1 is off. on_step(done, total) is called after each
-    step; ``cancelled`` is asked there, and Cancelled is raised within one step.
+    conditions: B rows. seeds: one per head. guidance: classifier-free guidance, 1 is off. strength: 1 begins with noise alone; less
+    begins that share of the steps before the end, with ``photos`` (B of (S, S, 3) uint8 RGB) noised to that point (SDEdit,
+    arXiv 2108.01073), and makes one step at least. on_step(done, total) is called after each step; ``cancelled`` is asked there, and
+    Cancelled is raised within one step.
     """
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLInpaintPipeline
 
@@ -79,6 +85,16 @@ def sample(
     if sampler.controlnet is not None:
         structure = (to_tensor([head.structure for head in heads]) + 1.0) / 2.0
         unet = SteeredUNet(unet, sampler.controlnet, structure, sampler.controlnet_scale)
+    side = images.shape[-1]
+    scheduler = EulerDiscreteScheduler.from_config(sampler.scheduler_config)
+    start, to_do = initial_noise(seeds, side // 8).to(device), min(steps, max(1, int(steps * strength)))
+    if to_do < steps:
+        if len(photos) != len(heads):
+            raise ValueError(f"strength {strength} begins with photos; {len(photos)} came for {len(heads)} heads")
+        present, _ = encode_latents(sampler.vae, to_tensor(photos))
+        scheduler.set_timesteps(steps, device=device)
+        # the pipeline multiplies what it is given by init_noise_sigma, since it takes it for noise
+        start = (present.to(device) + scheduler.sigmas[steps - to_do].to(device) * start) / scheduler.init_noise_sigma
     pipeline = StableDiffusionXLInpaintPipeline(
         vae=sampler.vae,
         text_encoder=None,
@@ -86,7 +102,7 @@ def sample(
         tokenizer=None,
         tokenizer_2=None,
         unet=unet,
-        scheduler=EulerDiscreteScheduler.from_config(sampler.scheduler_config),
+        scheduler=scheduler,
         requires_aesthetics_score=False,
         add_watermarker=False,
     )
@@ -96,10 +112,9 @@ def sample(
         if cancelled is not None and cancelled():
             raise Cancelled
         if on_step is not None:
-            on_step(step + 1, steps)
+            on_step(step + 1, to_do)
         return tensors
 
-    side = images.shape[-1]
     painted = pipeline(
         prompt_embeds=injector(conditions).to(dtype),
         pooled_prompt_embeds=conditions.pooled,
@@ -108,10 +123,10 @@ def sample(
         image=(images + 1.0) / 2.0,
         mask_image=mask_tensor([head.region for head in heads]),
         masked_image_latents=latents.to(dtype),
-        latents=initial_noise(seeds, side // 8).to(device, dtype),
+        latents=start.to(dtype),
         height=side,
         width=side,
-        strength=1.0,
+        strength=1.0 if to_do == steps else (to_do + 0.5) / steps,  # of which the pipeline takes int(steps * strength)
         num_inference_steps=steps,
         guidance_scale=guidance,
         output_type="latent",

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from backend.errors import DeepHairError
 from backend.imaging.crop import Box
+from backend.training.data_processing.prompts import NEUTRAL_PROMPT, prompt_from_choice
+
+Mode = Literal["full", "colour", "shape"]
 
 
 class Cancelled(Exception):
@@ -17,20 +20,63 @@ class Cancelled(Exception):
 
 
 class TryOnError(DeepHairError):
-    """A photo that cannot be worked with, in words. Codes: no_face, many_faces, too_small, side_view, no_hair, flat_output."""
+    """A photo that cannot be worked with, in words.
+
+    Codes: no_face, many_faces, too_small, side_view, no_hair, flat_output, nothing_to_try, mask_size, empty_mask.
+    """
 
 
 @dataclass(frozen=True)
 class TryOnRequest:
-    """target, reference: (H, W, 3) uint8 RGB, upright. At least one of reference and prompt. face: index into the preview's faces."""
+    """target, reference: (H, W, 3) uint8 RGB, upright. At least one of reference, prompt and the four attributes.
+
+    face: index into the preview's faces. mask: (H, W) uint8 of the target's size, zero where nothing may change; it replaces the
+    automatic edit region. mode: ``full`` takes the wanted hair whole, ``colour`` only its colour, ``shape`` all but its colour
+    (``finishing``). strength: 0..1, see ``sampling.sample``. length, curl, color, bangs: keys of ``prompts.choices()``.
+    """
 
     target: NDArray[np.uint8]
     reference: NDArray[np.uint8] | None
-    prompt: str | None
+    prompt: str | None = None
     seed: int = 0
     steps: int | None = None
     guidance: float | None = None
     face: int | None = None
+    mask: NDArray[np.uint8] | None = None
+    mode: Mode = "full"
+    strength: float = 1.0
+    length: str | None = None
+    curl: str | None = None
+    color: str | None = None
+    bangs: str | None = None
+
+    def words(self) -> str:
+        """The whole prompt: the attributes in Stage 0's own phrases, then the free words. Raises UsageError for an unknown attribute."""
+        picked = prompt_from_choice(self.length, self.curl, self.color, self.bangs)
+        if not self.prompt:
+            return picked
+        return self.prompt if picked == NEUTRAL_PROMPT else f"{picked}, {self.prompt}"
+
+    def check(self) -> None:
+        """Raises TryOnError where no picture could fit the request, whatever the photos show."""
+        if self.reference is None and self.words() == NEUTRAL_PROMPT:
+            raise TryOnError(
+                "neither a reference photo nor a description of the hair was given", hint="give one of the two", code="nothing_to_try"
+            )
+        if self.mask is not None:
+            check_mask(self.mask, *self.target.shape[:2])
+
+
+def check_mask(mask: NDArray[np.uint8], height: int, width: int) -> None:
+    """Raises TryOnError mask_size or empty_mask where ``mask`` (H, W) cannot be that of a target of this upright size."""
+    if mask.shape != (height, width):
+        raise TryOnError(
+            f"the mask is {mask.shape[1]} x {mask.shape[0]} pixels, the upright portrait is {width} x {height}",
+            hint="paint the mask at the portrait's own size",
+            code="mask_size",
+        )
+    if not mask.any():
+        raise TryOnError("the mask is empty: nothing may change", hint="paint where the hair may change", code="empty_mask")
 
 
 @dataclass(frozen=True)
