@@ -76,16 +76,24 @@ def _add_tryon(verbs: Any) -> None:
     parser = verbs.add_parser("tryon", help="put the hair of REFERENCE on PHOTO", description="Puts the hair of one photo on another.")
     parser.add_argument("photo", metavar="PHOTO", help="whose hair is changed; a folder does each picture in it; '-' reads standard input")
     parser.add_argument("reference", metavar="REFERENCE", nargs="?", help="whose hair it gets")
-    parser.add_argument("-o", "--output", metavar="OUT", required=True, help="PNG to write, or folder for a folder; '-' writes standard output")
+    parser.add_argument(
+        "-o", "--output", metavar="OUT", required=True, help="PNG to write, or folder for a folder; '-' writes standard output"
+    )
     parser.add_argument("--prompt", default="", help="a description of the hair, instead of or beside the reference")
     for name in ("length", "curl", "color", "bangs"):  # what they can be is in prompts.choices; a wrong one is refused with the list
         parser.add_argument(f"--{name}", metavar="WORD", help=f"the wanted {name}, as a word of the training labels")
-    parser.add_argument("--mode", choices=("full", "colour", "shape"), default="full", help="all of the hair, only its colour, or all but it")
-    parser.add_argument("--strength", type=_between(float, 0, 1), default=1.0, metavar="0..1", help="how far to leave the present hair (default: 1)")
+    parser.add_argument(
+        "--mode", choices=("full", "colour", "shape"), default="full", help="all of the hair, only its colour, or all but it"
+    )
+    parser.add_argument(
+        "--strength", type=_between(float, 0, 1), default=1.0, metavar="0..1", help="how far to leave the present hair (default: 1)"
+    )
     parser.add_argument("--mask", metavar="PNG", help="where hair may change: of the upright photo's size, not black there")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=_between(int, 1, 200), help="sampling steps (default: sample.steps)")
-    parser.add_argument("--guidance", type=_between(float, 1, 20), help="how closely reference and words are followed (default: sample.guidance)")
+    parser.add_argument(
+        "--guidance", type=_between(float, 1, 20), help="how closely reference and words are followed (default: sample.guidance)"
+    )
     parser.add_argument("--face", type=int, help="which face of the photo, 0 is the largest")
     parser.add_argument("--config", metavar="FILE", help="configuration file (default: configs/rtx3060.yaml)")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="key=value", help="a setting; may be given again")

@@ -213,6 +213,8 @@ class AppConfig(Section):
 
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    # sqlite: one server on this machine; redis://, rediss:// or unix://: several, on several machines. It may hold a password: never written
+    queue: Annotated[str, Field(pattern=r"^(sqlite|rediss?://.+|unix://.+)$", exclude=True)] = "sqlite"
     queue_size: Positive = 16
     max_upload_mb: Positive = 20
     max_megapixels: Annotated[float, Field(gt=0)] = 25.0
@@ -340,7 +342,13 @@ def _parse_override(text: str) -> tuple[str, Any]:
 
 
 def _path_keys() -> set[str]:
-    return {f"paths.{name}" for name in PathsConfig.model_fields} | {"data.images", "data.labels", "train.start", "evaluate.pairs", "app.gallery"}
+    return {f"paths.{name}" for name in PathsConfig.model_fields} | {
+        "data.images",
+        "data.labels",
+        "train.start",
+        "evaluate.pairs",
+        "app.gallery",
+    }
 
 
 def _refuse_unknown(keys: Iterable[str], *, source: str) -> None:

@@ -18,6 +18,7 @@ import uvicorn
 from PIL import Image
 
 from backend.app.api import create_app
+from backend.app.engine import LocalEngine
 from backend.app.server import listen, run_app, uvicorn_config
 from backend.config import Config
 from backend.imaging.decode import encode_png
@@ -144,7 +145,7 @@ class Live:
 def serving(config: Config, engine: StandIn | None = None, factory: Callable[[Config], Any] | None = None) -> Iterator[Live]:
     """A server of this process on a free port, ready when it is yielded (unless ``factory`` does not get ready)."""
     engine = engine or StandIn()
-    app = create_app(config, factory or (lambda _: engine))
+    app = create_app(config, lambda config: LocalEngine((factory or (lambda _: engine))(config)))  # type: ignore[arg-type, return-value]
     listener = listen("127.0.0.1", 0)
     port = listener.getsockname()[1]
     server = uvicorn.Server(uvicorn_config(app))
@@ -162,8 +163,8 @@ def serving(config: Config, engine: StandIn | None = None, factory: Callable[[Co
         listener.close()
 
 
-def main(folder: Path, port: int, ledger: Path, queue_size: int) -> None:
+def main(folder: Path, port: int, ledger: Path, queue_size: int, queue: str = "sqlite") -> None:
     """Serves a slow stand-in that notes each finished job's seed in ``ledger``; for the tests that kill a server."""
     engine = StandIn(step_s=0.02, ledger=ledger, remember=False)
-    config = app_config(folder, port=port, queue_size=queue_size)
-    run_app(config, create_app(config, lambda _: engine))  # type: ignore[arg-type, return-value]
+    config = app_config(folder, port=port, queue_size=queue_size, queue=queue)
+    run_app(config, create_app(config, lambda _: LocalEngine(engine)))  # type: ignore[arg-type]

@@ -20,10 +20,11 @@ from PIL import Image
 
 from backend import weights as pretrained
 from backend.app.api import create_app
+from backend.app.engine import is_out_of_memory, mask_to_bytes
 from backend.app.events import EventHub
-from backend.app.worker import is_out_of_memory, mask_to_bytes
 from backend.errors import DeepHairError
-from backend.tryon.pipeline import TryOnRequest
+from backend.imaging.decode import encode_png
+from backend.tryon.values import TryOnRequest
 from tests.app_standin import Live, StandIn, app_config, composite, decoded, picture, png, serving
 
 SNAPSHOT = Path(__file__).parent / "openapi.json"
@@ -65,14 +66,76 @@ def test_a_job_from_upload_to_picture_and_mask(live: Live) -> None:
     assert done["state"] == "succeeded" and done["result"]["bundle_sha256"] == live.engine.bundle_sha256
     assert (done["result"]["width"], done["result"]["height"]) == (150, 110)
     request = TryOnRequest(picture(150, 110, 1), picture(80, 90, 2), "long curly hair", 7, 4, 3.5, 0)
-    seen = live.engine.seen[0]
-    assert np.array_equal(seen.target, request.target) and np.array_equal(seen.reference, request.reference)
-    assert (seen.prompt, seen.seed, seen.steps, seen.guidance, seen.face) == ("long curly hair", 7, 4, 3.5, 0)
+    assert_same(live.engine.seen[0], request)
     result, mask = live.client.get(done["result"]["url"]), live.client.get(done["result"]["mask_url"])
     assert result.headers["content-type"] == mask.headers["content-type"] == "image/png"
     assert np.array_equal(decoded(result.content), composite(request).image)
     outside = decoded(mask.content) == 0
     assert outside.any() and np.array_equal(decoded(result.content)[outside], request.target[outside])
+
+
+def assert_same(seen: TryOnRequest, wanted: TryOnRequest) -> None:
+    for name, value in vars(wanted).items():
+        assert np.array_equal(getattr(seen, name), value), name
+
+
+def test_mask_mode_strength_and_attributes_reach_the_pipeline(live: Live) -> None:
+    brush = np.zeros((110, 150), np.uint8)
+    brush[20:40, 30:50] = 7
+    settings = {"mode": "colour", "strength": 0.25, "length": "long", "curl": "wavy", "color": "black", "bangs": "full"}
+    answer = live.post(target=png(150, 110, seed=1), mask=encode_png(brush), **settings)  # the attributes are description enough
+    assert answer.status_code == 202, answer.text
+    live.wait(answer.json()["id"])
+    assert_same(live.engine.seen[0], TryOnRequest(picture(150, 110, 1), None, mask=np.where(brush > 0, 255, 0), **settings))
+    layers = np.zeros((110, 150, 4), np.uint8)
+    layers[..., :3] = 200  # a canvas: painted where it is not transparent
+    layers[20:40, 30:50, 3] = 90
+    live.wait(live.post(target=png(150, 110), prompt="bob", mask=encode_png(layers)).json()["id"])
+    assert np.array_equal(live.engine.seen[1].mask, live.engine.seen[0].mask)
+
+
+def test_a_mask_that_cannot_be_the_portraits_is_refused(live: Live) -> None:
+    cases = {"mask_size": encode_png(np.full((128, 97), 255, np.uint8)), "empty_mask": encode_png(np.zeros((128, 96), np.uint8))}
+    for code, mask in cases.items():
+        answer = live.post(prompt="bob", mask=mask)
+        assert (answer.status_code, answer.json()["code"]) == (422, code) and answer.json()["hint"]
+    turned = io.BytesIO()
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.fromarray(picture(120, 80)).save(turned, "JPEG", exif=exif)
+    lying, upright = (encode_png(np.full(shape, 255, np.uint8)) for shape in ((80, 120), (120, 80)))
+    assert live.post(target=turned.getvalue(), prompt="bob", mask=lying).json()["code"] == "mask_size"
+    assert live.post(target=turned.getvalue(), prompt="bob", mask=upright).status_code == 202
+
+
+def test_the_gallery_lists_its_folder_and_serves_nothing_else(tmp_path: Path) -> None:
+    folder = tmp_path / "gallery"
+    folder.mkdir()
+    (folder / "long-wavy_black.png").write_bytes(png())
+    (folder / "notes.txt").write_text("secret")
+    (folder / "no picture.png").write_text("secret")
+    (tmp_path / "outside.png").write_bytes(png())
+    with serving(app_config(tmp_path, gallery=folder)) as live:
+        listed = live.client.get("/api/v1/gallery").json()
+        wanted = {"name": "long-wavy_black.png", "title": "long wavy black", "url": "/api/v1/gallery/long-wavy_black.png"}
+        assert wanted in listed and "notes.txt" not in str(listed)
+        shown = live.client.get(wanted["url"])
+        assert (shown.headers["content-type"], shown.content) == ("image/png", png())
+        for name in (
+            "notes.txt",
+            "no picture.png",
+            "..%2foutside.png",
+            "%2e%2e%2foutside.png",
+            "..",
+            "x",
+            "long-wavy_black.PNG",
+            "%00",
+            "a" * 5000,
+        ):
+            answer = live.client.get(f"/api/v1/gallery/{name}")
+            assert answer.status_code == 404 and "secret" not in answer.text
+    with serving(app_config(tmp_path, gallery=tmp_path / "none")) as live:
+        assert live.client.get("/api/v1/gallery").json() == []
 
 
 def test_the_mask_is_rounded_up_so_that_zero_means_untouched() -> None:
@@ -288,7 +351,7 @@ def test_reload_swaps_between_jobs_and_keeps_the_old_model_when_the_new_one_is_b
         assert [live.wait(job)["result"]["bundle_sha256"][0] for job in jobs] == ["a", "b"]
 
 
-def test_not_ready_is_503_until_the_model_is_there(tmp_path: Path) -> None:
+def test_while_the_model_loads_jobs_wait_and_ready_says_no(tmp_path: Path) -> None:
     loading = threading.Event()
 
     def slow(config: Any) -> StandIn:
@@ -297,12 +360,14 @@ def test_not_ready_is_503_until_the_model_is_there(tmp_path: Path) -> None:
 
     with serving(app_config(tmp_path), factory=slow) as live:
         assert live.client.get("/healthz").status_code == 200
-        for answer in (live.client.get("/readyz"), live.post(prompt="bob")):
+        for answer in (live.client.get("/readyz"), live.client.post("/api/v1/preview", files={"target": png()})):
             assert answer.status_code == 503 and answer.json()["code"] == "starting" and answer.headers["retry-after"]
         assert live.client.get("/api/v1/models").json()["loaded"] is False
+        job = live.post(prompt="bob").json()
+        assert (job["state"], job["position"]) == ("queued", 1)
         loading.set()
-        while live.client.get("/readyz").status_code != 200:
-            time.sleep(0.005)
+        assert live.wait(job["id"])["state"] == "succeeded"
+        assert live.client.get("/readyz").status_code == 200
 
 
 def test_metrics_count_jobs_and_requests(live: Live) -> None:

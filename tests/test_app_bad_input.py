@@ -148,7 +148,11 @@ def test_what_is_no_usable_photo_is_refused_with_its_code(live: Live, name: str)
         "too_small": 422,
     }
     good = ("photo.png", png(), "image/png")
-    for files in ({"target": ("photo.png", content, "image/png")}, {"target": good, "reference": ("photo.png", content)}):
+    for files in (
+        {"target": ("photo.png", content, "image/png")},
+        {"target": good, "reference": ("photo.png", content)},
+        {"target": good, "mask": ("photo.png", content)},
+    ):
         answer = live.client.post("/api/v1/jobs", files=files, data={"prompt": "bob"})
         problem = answer.json()
         assert answer.headers["content-type"] == "application/problem+json" and problem["detail"]
@@ -201,6 +205,14 @@ OPTIONS = {
     "unknown field": {"colour": "red"},
     "unknown field with dots": {"../../etc": "x"},
     "text as reference": {"reference": "not a file"},
+    "text as mask": {"mask": "not a file"},
+    "unknown mode": {"mode": "color"},
+    "strength above one": {"strength": "1.01"},
+    "strength not a number": {"strength": "nan"},
+    "unknown length": {"length": "endless"},
+    "unknown curl": {"curl": "x" * 2000},
+    "unknown color": {"color": "Black"},
+    "unknown bangs": {"bangs": "none"},
 }
 
 
@@ -234,8 +246,8 @@ def test_missing_and_surplus_parts(live: Live) -> None:
     )
     flood = post("/api/v1/jobs", files={"target": good}, data={f"f{i}": "1" for i in range(10_000)})
     assert (flood.status_code, flood.json()["code"]) == (400, "malformed_request")
-    three = post("/api/v1/jobs", files=[("target", good)] * 3)
-    assert (three.status_code, three.json()["code"]) == (400, "malformed_request")
+    four = post("/api/v1/jobs", files=[("target", good)] * 4)
+    assert (four.status_code, four.json()["code"]) == (400, "malformed_request")
     empty_reference = post("/api/v1/jobs", files={"target": good, "reference": ("", b"")}, data={"prompt": "bob", "seed": ""})
     assert empty_reference.status_code == 202
 
@@ -249,7 +261,7 @@ def test_a_clients_file_name_is_never_used(live: Live, name: str) -> None:
     answer = live.client.post("/api/v1/jobs", content=body, headers={"content-type": "multipart/form-data; boundary=B"})
     assert answer.status_code == 202 and live.wait(answer.json()["id"])["state"] == "succeeded"
     folder = live.app.state.service.config.paths.jobs
-    assert {path.name for path in folder.rglob("*.png")} <= {"target.png", "reference.png", "result.png", "mask.png"}
+    assert {path.name for path in folder.rglob("*.png")} <= {"target.png", "reference.png", "brush.png", "result.png", "mask.png"}
 
 
 MALFORMED = {

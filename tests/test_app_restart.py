@@ -21,7 +21,7 @@ from backend.app.api import create_app
 from backend.app.jobs import MAX_ATTEMPTS, JobStore, State
 from backend.app.server import run_app
 from backend.errors import DeepHairError
-from backend.tryon.pipeline import TryOnRequest
+from backend.tryon.values import TryOnRequest
 from tests import app_standin
 from tests.app_standin import StandIn, app_config, composite, decoded, picture, png, serving
 

@@ -6,7 +6,7 @@ import base64
 import contextlib
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 from urllib.parse import quote
 
 from fastapi import APIRouter, Depends, FastAPI, Header, Request
@@ -17,6 +17,8 @@ from starlette.staticfiles import StaticFiles
 
 from backend import __version__
 from backend.app import problems
+from backend.app.engine import Engine
+from backend.app.engine_process import ProcessEngine
 from backend.app.gallery import gallery_names, gallery_picture, gallery_title
 from backend.app.problems import Problem
 from backend.app.schemas import FaceView, GalleryEntry, JobView, ModelsView, PreviewView, ProblemView, StatusView
@@ -38,9 +40,6 @@ from backend.app.uploads import (
 )
 from backend.config import Config
 from backend.imaging.decode import encode_png
-
-if TYPE_CHECKING:
-    from backend.tryon.pipeline import TryOn
 
 STATIC = Path(__file__).parent / "static"
 
@@ -118,7 +117,7 @@ def read_job(job_id: str, service: Server) -> JobView:
 async def follow_job(job_id: str, service: Server, last_event_id: Annotated[str | None, Header()] = None) -> StreamingResponse:
     """Server-sent events: ``state`` (a whole job) at every change and ``progress`` at every step, until the job ends. A client that
     lost the connection sends the last id it saw and misses nothing."""
-    await run_in_threadpool(service.job, job_id)
+    await run_in_threadpool(service.ensure_story, job_id)
     return StreamingResponse(service.hub.follow(job_id, last_event_id), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
 
 
@@ -151,7 +150,7 @@ async def preview(request: Request, service: Server) -> PreviewView:
     files, _ = await read_form(request, service.settings, ("target",), PreviewOptions)
     if "target" not in files:
         raise Problem("invalid_form", "The field 'target' (the portrait) is missing.")
-    service.model()
+    service.require_model()
     image = await service.decoder.decode(files["target"])
     return await run_in_threadpool(_preview, service, image)
 
@@ -225,7 +224,7 @@ async def healthz() -> StatusView:
 @site.get("/readyz", responses=_errors(503))
 async def readyz(service: Server) -> StatusView:
     """A job that comes now would run."""
-    service.model()
+    service.require_model()
     if not service.ready():
         raise Problem("starting", "The worker is not running.")
     return StatusView(status="ready")
@@ -243,16 +242,9 @@ def page() -> FileResponse:
     return FileResponse(STATIC / "index.html", headers={"Cache-Control": "no-cache"})
 
 
-def load_tryon(config: Config) -> TryOn:
-    """``TryOn.load``, imported when it is wanted: it brings torch."""
-    from backend.tryon.pipeline import TryOn
-
-    return TryOn.load(config)
-
-
-def create_app(config: Config, tryon_factory: Callable[[Config], TryOn] = load_tryon) -> FastAPI:
-    """The application. The model is loaded (by ``tryon_factory``) in the background once it starts; /readyz tells when it is there."""
-    service = Service(config, tryon_factory)
+def create_app(config: Config, load_engine: Callable[[Config], Engine] = ProcessEngine.start) -> FastAPI:
+    """The application. The model is loaded (by ``load_engine``) in the background once it starts; /readyz tells when it is there."""
+    service = Service(config, load_engine)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -61,6 +61,11 @@ class EventHub:
             log.wake()
             return True
 
+    def jobs(self) -> list[str]:
+        """The ids of the jobs of which there are events."""
+        with self._lock:
+            return list(self._logs)
+
     def forget(self, job_id: str) -> None:
         """Drops a job's events and ends its streams."""
         with self._lock:
@@ -74,6 +79,9 @@ class EventHub:
             self._closed = True
             for log in self._logs.values():
                 log.wake()
+
+    def __contains__(self, job_id: str) -> bool:
+        return job_id in self._logs
 
     def __len__(self) -> int:
         return len(self._logs)

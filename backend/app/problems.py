@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from backend.app.jobs import StoreError
 from backend.errors import DeepHairError
 
 MEDIA_TYPE = "application/problem+json"
@@ -93,6 +94,7 @@ _BY_STATUS = {400: "malformed_request", 404: "not_found", 405: "method_not_allow
 def install(app: FastAPI) -> None:
     """Makes every error answer of ``app`` a problem (``security.Envelope`` does it for what nobody expected)."""
     app.add_exception_handler(Problem, _on_problem)
+    app.add_exception_handler(StoreError, _on_store_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
@@ -101,6 +103,11 @@ def install(app: FastAPI) -> None:
 async def _on_problem(request: Request, error: Exception) -> Response:
     assert isinstance(error, Problem)
     return error.response()
+
+
+async def _on_store_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, StoreError)
+    return Problem("storage", "The server cannot keep jobs now.", hint="try again later", headers={"Retry-After": "5"}).response()
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:

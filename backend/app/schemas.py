@@ -7,8 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from backend.app.jobs import Job, State
-from backend.app.worker import Progress
+from backend.app.jobs import Job, Progress, State
 
 
 class ProblemView(BaseModel):
@@ -78,7 +77,7 @@ class JobView(BaseModel):
     events_url: str
 
     @classmethod
-    def of(cls, job: Job, *, ttl_s: float, position: int | None, progress: Progress | None) -> JobView:
+    def of(cls, job: Job, *, ttl_s: float, position: int | None) -> JobView:
         """The view of a stored job; ``ttl_s`` seconds after its end it is deleted."""
         here = f"/api/v1/jobs/{job.id}"
         return cls(
@@ -89,7 +88,7 @@ class JobView(BaseModel):
             ended_at=_time(job.ended) if job.ended else None,
             expires_at=_time(job.ended + ttl_s) if job.ended else None,
             position=position,
-            progress=ProgressView.of(progress) if progress else None,
+            progress=ProgressView.of(job.progress) if job.progress and job.state is State.RUNNING else None,
             result=ResultView(url=f"{here}/result", mask_url=f"{here}/mask", **job.result) if job.result else None,
             error=ErrorView(**job.error) if job.error else None,
             photos_deleted=job.erased,

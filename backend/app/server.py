@@ -53,7 +53,8 @@ def run_app(config: Config, app: FastAPI) -> int:
     shown = f"[{config.app.host}]" if ":" in config.app.host else config.app.host
     sys.stdout.write(f"DeepHair is at http://{shown}:{port}  (stop with Ctrl-C)\n")
     sys.stdout.flush()
-    with artifacts.folder_lock(config.paths.jobs), listener, contextlib.suppress(KeyboardInterrupt):
+    alone = artifacts.folder_lock(config.paths.jobs) if config.app.queue == "sqlite" else contextlib.nullcontext()
+    with alone, listener, contextlib.suppress(KeyboardInterrupt):
         server.run(sockets=[listener])
     if service.load_error is not None:
         raise service.load_error

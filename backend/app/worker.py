@@ -1,68 +1,113 @@
-"""The one thread that runs try-ons, outside the event loop, and the slot that holds the loaded model (DESIGN 4.6, 5)."""
+"""The one thread that hands jobs to the engine, outside the event loop, and the slot that holds the loaded model (DESIGN 4.6, 5)."""
 
 from __future__ import annotations
 
-import gc
+import contextlib
 import logging
-import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-import numpy as np
-from numpy.typing import NDArray
 
 from backend import weights as pretrained
-from backend.app.jobs import Job, JobStore, State
+from backend.app.engine import Engine, EngineDied, as_failure
+from backend.app.jobs import MAX_ATTEMPTS, Job, JobStore, Progress, State, StoreError, crashed
 from backend.app.telemetry import log_event
-from backend.app.uploads import BRUSH_FILE, MASK_FILE, REFERENCE_FILE, RESULT_FILE, TARGET_FILE
+from backend.app.uploads import BRUSH_FILE, REFERENCE_FILE, TARGET_FILE
 from backend.config import Config
 from backend.errors import DeepHairError
-from backend.imaging.decode import ImageError, encode_png, read_png
-
-if TYPE_CHECKING:
-    from backend.tryon.pipeline import TryOn
-    from backend.tryon.values import TryOnRequest
 
 logger = logging.getLogger(__name__)
 
+IDLE_S = 5.0  # a queue that other servers fill, too, is looked at this often at least; news of a job come earlier
+RETRY_S = 1.0
 
-@dataclass(frozen=True)
-class Progress:
-    """Denoising steps of the running job. ``eta_s`` is None until the first step has been timed."""
 
-    done: int
-    total: int
-    eta_s: float | None
+@dataclass
+class _Held:
+    engine: Engine
+    users: int = 0
+    retired: bool = False
 
 
 class ModelSlot:
-    """The loaded model. A job keeps the one it started with, so a swap never touches a job."""
+    """The loaded engine. A job keeps the one it started with, so a swap never touches a job; the last to leave an old one closes it."""
 
-    def __init__(self, config: Config, factory: Callable[[Config], TryOn]) -> None:
+    def __init__(self, config: Config, factory: Callable[[Config], Engine]) -> None:
         self._config, self._factory = config, factory
-        self._loading = threading.Lock()
-        self.current: TryOn | None = None
+        self._loading, self._lock = threading.Lock(), threading.Lock()
+        self._held: _Held | None = None
+        self.died = False  # there was a model, and its process has ended
         self.weights: dict[str, str] = {}  # the pretrained parts under it: name -> what it is
         self.miniature = False
 
-    def load(self) -> TryOn:
+    @property
+    def current(self) -> Engine | None:
+        """The engine that the next job gets; to work with it, ``borrowed`` it."""
+        held = self._held
+        return held.engine if held is not None else None
+
+    @contextlib.contextmanager
+    def borrowed(self) -> Iterator[Engine]:
+        """The current engine, not closed while it is held. Raises EngineDied when there is none."""
+        with self._lock:
+            held = self._held
+            if held is None:
+                raise EngineDied("no model is loaded", hint="try again in a moment")
+            held.users += 1
+        try:
+            yield held.engine
+        finally:
+            self._leave(held)
+
+    def load(self) -> Engine:
         """Loads the deployed bundle beside the current one, then swaps; whatever is raised, the current one stays."""
         with self._loading:
             start = time.monotonic()
-            loaded = self._factory(self._config)
+            engine = self._factory(self._config)
             self.weights = pretrained.describe(self._config.paths.weights)
             self.miniature = pretrained.is_miniature(self._config.paths.weights)
-            self.current = loaded
-            log_event(logger, "model_loaded", bundle=loaded.bundle_sha256, seconds=round(time.monotonic() - start, 2))
-            return loaded
+            self._swap(_Held(engine))
+            log_event(logger, "model_loaded", bundle=engine.bundle_sha256, seconds=round(time.monotonic() - start, 2))
+            return engine
+
+    def discard(self, engine: Engine) -> None:
+        """Says that the engine's process has ended; the worker loads another one."""
+        with self._lock:
+            if self._held is None or self._held.engine is not engine:
+                return
+            self.died = True
+        self._swap(None)
+        logger.error("the process that held the model has ended; it is started again")
+
+    def close(self) -> None:
+        """Gives the model back once nobody works with it."""
+        self._swap(None)
+
+    def _swap(self, new: _Held | None) -> None:
+        with self._lock:
+            old, self._held = self._held, new
+            if new is not None:
+                self.died = False
+            if old is not None:
+                old.retired, old.users = True, old.users + 1
+        if old is not None:
+            self._leave(old)
+
+    def _leave(self, held: _Held) -> None:
+        with self._lock:
+            held.users -= 1
+            last = held.retired and held.users == 0
+        if last:
+            held.engine.close()
 
 
 class Worker(threading.Thread):
     """Runs the waiting jobs one after the other. ``on_change(job_id)`` is called after every change of a job's state,
-    ``on_progress(job_id, progress)`` after every step."""
+    ``on_progress(job_id, progress)`` after every step, ``on_end(state, seconds)`` when a job has succeeded or failed here.
+
+    wake: set where there may be something to do, such as a new job or a loaded model.
+    """
 
     def __init__(
         self,
@@ -70,24 +115,14 @@ class Worker(threading.Thread):
         slot: ModelSlot,
         on_change: Callable[[str], None],
         on_progress: Callable[[str, Progress], None],
+        on_end: Callable[[State, float], None],
+        wake: threading.Event,
     ) -> None:
         super().__init__(name="tryon-worker", daemon=True)
         self._store, self._slot = store, slot
-        self._on_change, self._on_progress = on_change, on_progress
-        self._wake, self._stopping = threading.Event(), threading.Event()
-        self._running: tuple[str, threading.Event] | None = None
-        self.progress: tuple[str, Progress] | None = None  # (job id, where it stands)
+        self._on_change, self._on_progress, self._on_end = on_change, on_progress, on_end
+        self._wake, self._stopping = wake, threading.Event()
         self.seconds_per_job = 10.0  # smoothed; for the time that a refused client is asked to wait
-
-    def wake(self) -> None:
-        """Says that there may be something to do: a new job, or a loaded model."""
-        self._wake.set()
-
-    def cancel(self, job_id: str) -> None:
-        """Stops the job at its next step if it is the one that runs."""
-        running = self._running
-        if running is not None and running[0] == job_id:
-            running[1].set()
 
     def stop(self, timeout_s: float) -> None:
         """Ends the thread; the running job goes back to the queue. A thread that does not end in time is left to die with the process,
@@ -101,88 +136,71 @@ class Worker(threading.Thread):
         while not self._stopping.is_set():
             self._wake.clear()
             try:
-                busy = self._slot.current is not None and self._run_next(self._slot.current)
+                if self._slot.died:
+                    self._slot.load()
+                busy = self._slot.current is not None and self._run_next()
             except Exception:  # the thread's boundary: whatever it was (a full disk, say), later jobs still want a worker
                 logger.exception("the worker failed outside a job")
                 busy = False
-                self._stopping.wait(1.0)
+                self._stopping.wait(RETRY_S)
             if not busy:
-                self._wake.wait(5.0)
+                self._wake.wait(IDLE_S)
 
-    def _run_next(self, model: TryOn) -> bool:
-        job = self._store.claim()
-        if job is None:
-            return False
-        cancel = threading.Event()
-        self._running = (job.id, cancel)
-        current = self._store.get(job.id)
-        if current is None or current.state is not State.RUNNING:  # erased between the claim and the line above
-            cancel.set()
-        self._on_change(job.id)
-        start = time.monotonic()
-        try:
-            self._run_job(job, model, cancel)
-        finally:
-            self._running = self.progress = None
-        seconds = time.monotonic() - start
-        ended = self._store.get(job.id)
-        state = ended.state if ended is not None else State.CANCELLED
+    def _run_next(self) -> bool:
+        with self._slot.borrowed() as engine:
+            job = self._store.claim()
+            if job is None:
+                return False
+            self._on_change(job.id)
+            start = time.monotonic()
+            state, error = self._run_job(job, engine)
+            seconds = time.monotonic() - start
         if state is State.SUCCEEDED:
             self.seconds_per_job += 0.3 * (seconds - self.seconds_per_job)
-        code = (ended.error or {}).get("code") if ended is not None else None
+        if state is not None:
+            self._on_end(state, seconds)
+        code = error.code if error is not None else None
+        if state is None:
+            now = self._store.get(job.id)
+            state = now.state if now is not None else State.CANCELLED
         log_event(logger, "job_ended", job=job.id[:6], state=state, code=code, seconds=round(seconds, 3))
         self._on_change(job.id)
         return True
 
-    def _run_job(self, job: Job, model: TryOn, cancel: threading.Event) -> None:
-        error = self._attempt(job, model, cancel)
-        if error is None:
-            return
-        self._store.fail(job, error)
-        if error["code"] == "out_of_memory":
-            _free_memory()  # only now have the frames that held the arrays gone
-
-    def _attempt(self, job: Job, model: TryOn, cancel: threading.Event) -> dict[str, str] | None:
-        """Runs the job and stores its pictures; returns {code, message, hint} when it fails."""
+    def _run_job(self, job: Job, engine: Engine) -> tuple[State | None, DeepHairError | None]:
+        """How the job ended by this run; None when it did not (cancelled, given to another, or queued again)."""
         from backend.tryon.values import Cancelled
 
         try:
-            result = model.run(
-                self._request(job),
-                on_step=self._step_listener(job.id),
-                cancelled=lambda: cancel.is_set() or self._stopping.is_set(),
+            finished = engine.run(
+                job.options, self._pictures(job), on_step=self._step_listener(job), cancelled=lambda: self._must_stop(job)
             )
-            pictures = {RESULT_FILE: encode_png(result.image), MASK_FILE: encode_png(mask_to_bytes(result.mask))}
-            height, width = result.image.shape[:2]
-            facts = {"width": width, "height": height, "bundle_sha256": model.bundle_sha256, "info": result.info}
-            self._store.succeed(job, facts, pictures)
+            return (State.SUCCEEDED if self._store.succeed(job, finished.facts, finished.pictures) else None), None
         except Cancelled:
-            self._store.release(job)  # the server stops; what its person cancelled is not marked running and stays so
-        except DeepHairError as error:
-            return {"code": error.code, "message": error.message, "hint": error.hint}
-        except Exception as error:  # the job's boundary: one job's failure is its own
-            if is_out_of_memory(error):
-                hint = "send a smaller photo or fewer steps, or try again later"
-                return {"code": "out_of_memory", "message": "the server ran out of memory on this photo", "hint": hint}
-            logger.exception("a job failed unexpectedly")
-            hint = "the reason is in the server's log"
-            return {"code": "internal", "message": "the try-on failed unexpectedly", "hint": hint}
-        return None
+            self._store.release(job)  # the server stops; what its person cancelled is not this worker's any more and stays so
+            return None, None
+        except EngineDied as died:
+            self._slot.discard(engine)
+            if job.attempts < MAX_ATTEMPTS:
+                self._store.release(job, counted=True)
+                return None, died
+            error: DeepHairError = died
+            told = crashed(job)
+        except Exception as unexpected:  # noqa: BLE001 - the job's boundary: one job's failure is its own
+            error = as_failure(unexpected)
+            told = {"code": error.code, "message": error.message, "hint": error.hint}
+        return (State.FAILED if self._store.fail(job, told) else None), error
 
-    def _request(self, job: Job) -> TryOnRequest:
-        from backend.tryon.values import TryOnRequest
+    def _pictures(self, job: Job) -> dict[str, bytes]:
+        found = {name: self._store.read(job.id, name) for name in (TARGET_FILE, REFERENCE_FILE, BRUSH_FILE)}
+        if found[TARGET_FILE] is None and self._store.is_mine(job):
+            raise StoreError("the stored photo is gone", hint="send it again")
+        return {name: content for name, content in found.items() if content is not None}
 
-        folder = self._store.folder(job.id)
-        files = (TARGET_FILE, REFERENCE_FILE, BRUSH_FILE)
-        try:
-            pictures = {name: read_png(folder / name) for name in files if name == TARGET_FILE or (folder / name).is_file()}
-        except ImageError as error:  # its message names a path of this machine, which is nobody else's business
-            raise DeepHairError("the stored photo cannot be read back", hint="send it again", code="storage") from error
-        return TryOnRequest(
-            target=pictures[TARGET_FILE], reference=pictures.get(REFERENCE_FILE), mask=pictures.get(BRUSH_FILE), **job.options
-        )
+    def _must_stop(self, job: Job) -> bool:
+        return self._stopping.is_set() or not self._store.is_mine(job)
 
-    def _step_listener(self, job_id: str) -> Callable[[int, int], None]:
+    def _step_listener(self, job: Job) -> Callable[[int, int], None]:
         first: list[tuple[int, float]] = []  # when the first step ended; it alone pays for warming up
 
         def on_step(done: int, total: int) -> None:
@@ -192,27 +210,7 @@ class Worker(threading.Thread):
             timed = done - first[0][0]
             eta = round((now - first[0][1]) / timed * (total - done), 1) if timed > 0 else None
             progress = Progress(done, total, eta)
-            self.progress = (job_id, progress)
-            self._on_progress(job_id, progress)
+            self._store.note(job, progress)
+            self._on_progress(job.id, progress)
 
         return on_step
-
-
-def mask_to_bytes(mask: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """A feathered mask, float 0..1, as uint8, rounded UP: 0 says that the pixel is the upload's own."""
-    rounded: NDArray[np.uint8] = np.ceil(np.clip(mask, 0.0, 1.0) * 255.0).astype(np.uint8)
-    return rounded
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, in Python, on a card, or in a CPU allocator (which raises a bare RuntimeError)."""
-    names = {kind.__name__ for kind in type(error).__mro__}
-    text = str(error).lower()
-    return bool(names & {"MemoryError", "OutOfMemoryError"}) or "not enough memory" in text or "failed to allocate memory" in text
-
-
-def _free_memory() -> None:
-    gc.collect()
-    torch = sys.modules.get("torch")  # not imported here: a worker without torch loaded has nothing to give back
-    if torch is not None and torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -107,5 +107,5 @@ def smooth_face(image: NDArray[np.uint8], face_box: Box) -> NDArray[np.uint8]:
     cv2.ellipse(face, centre, (max(1, round(0.40 * (x1 - x0))), max(1, round(0.40 * (y1 - y0)))), 0, 0, 360, 255, -1)
     work = min(side, WORK_SIDE)
     small = cv2.resize(image, (work, work), interpolation=cv2.INTER_AREA)
-    fill = push_pull(small, np.where(_any_coverage(face, work) > 0, 0, 255).astype(np.uint8))
+    fill = push_pull(small, np.where(any_coverage(face, work) > 0, 0, 255).astype(np.uint8))
     return np.where(face[..., None] > 0, cv2.resize(fill, (side, side), interpolation=cv2.INTER_CUBIC), image).astype(np.uint8, copy=False)

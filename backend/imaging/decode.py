@@ -151,10 +151,18 @@ def write_png(path: Path, image: NDArray[np.uint8], *, compression: int = 3) -> 
 def read_png(path: Path) -> NDArray[np.uint8]:
     """One of our own PNGs as stored: (H, W) grey, (H, W, 3) RGB or (H, W, 4) RGBA uint8. Raises ImageError naming the file."""
     try:
-        with Image.open(path, formats=["PNG"]) as picture:
-            picture.load()
-            return np.asarray(picture)
-    except (OSError, ValueError, SyntaxError) as error:
+        return decode_png(path.read_bytes())
+    except (OSError, ImageError) as error:
         raise ImageError(
             f"{path} cannot be read: {error}", hint="run 'deephair prepare' again; it rewrites what is damaged", code="truncated"
         ) from error
+
+
+def decode_png(data: bytes) -> NDArray[np.uint8]:
+    """A PNG of our own in memory, as ``read_png`` gives it. Raises ImageError."""
+    try:
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
+            picture.load()
+            return np.asarray(picture)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ImageError(f"the PNG is damaged: {error}", code="truncated") from error

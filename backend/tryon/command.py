@@ -69,9 +69,7 @@ def _paint(tryon: TryOn, config: Config, options: argparse.Namespace, request: T
     return encode_png(result.image)
 
 
-def _request(
-    options: argparse.Namespace, config: Config, target: NDArray[np.uint8], reference: NDArray[np.uint8] | None
-) -> TryOnRequest:
+def _request(options: argparse.Namespace, config: Config, target: NDArray[np.uint8], reference: NDArray[np.uint8] | None) -> TryOnRequest:
     return TryOnRequest(
         target=target,
         reference=reference,
