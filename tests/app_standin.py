@@ -18,9 +18,10 @@ import uvicorn
 from PIL import Image
 
 from backend.app.api import create_app
-from backend.app.engine import LocalEngine
+from backend.app.engine import Engine, LocalEngine
 from backend.app.server import listen, run_app, uvicorn_config
 from backend.config import Config
+from backend.errors import InvalidArtifactError
 from backend.imaging.decode import encode_png
 from backend.tryon.values import Cancelled, FaceInfo, Preview, TryOnError, TryOnRequest, TryOnResult
 
@@ -142,10 +143,18 @@ class Live:
 
 
 @contextlib.contextmanager
-def serving(config: Config, engine: StandIn | None = None, factory: Callable[[Config], Any] | None = None) -> Iterator[Live]:
-    """A server of this process on a free port, ready when it is yielded (unless ``factory`` does not get ready)."""
+def serving(
+    config: Config,
+    engine: StandIn | None = None,
+    factory: Callable[[Config], Any] | None = None,
+    load: Callable[[Config], Engine] | None = None,
+) -> Iterator[Live]:
+    """A server of this process on a free port, ready when it is yielded (unless ``factory`` does not get ready).
+
+    ``factory`` makes stand-ins, ``load`` whole engines.
+    """
     engine = engine or StandIn()
-    app = create_app(config, lambda config: LocalEngine((factory or (lambda _: engine))(config)))  # type: ignore[arg-type, return-value]
+    app = create_app(config, load or (lambda config: LocalEngine((factory or (lambda _: engine))(config))))
     listener = listen("127.0.0.1", 0)
     port = listener.getsockname()[1]
     server = uvicorn.Server(uvicorn_config(app))
@@ -161,6 +170,16 @@ def serving(config: Config, engine: StandIn | None = None, factory: Callable[[Co
         server.should_exit = True
         thread.join()
         listener.close()
+
+
+def stand_in(config: Config) -> StandIn:
+    """What a process of its own loads in tests."""
+    return StandIn(remember=False, step_s=0.01)
+
+
+def broken_model(config: Config) -> StandIn:
+    """The same with a bundle that does not load."""
+    raise InvalidArtifactError("weights hold NaN", hint="deploy another")
 
 
 def main(folder: Path, port: int, ledger: Path, queue_size: int, queue: str = "sqlite") -> None:

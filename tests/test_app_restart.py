@@ -5,38 +5,118 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import shutil
 import socket
+import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
+import redis
 
 from backend import artifacts
 from backend.app.api import create_app
-from backend.app.jobs import MAX_ATTEMPTS, JobStore, State
+from backend.app.engine import LocalEngine
+from backend.app.jobs import MAX_ATTEMPTS, JobStore, Progress, QueueFull, State, StoreError, open_store
 from backend.app.server import run_app
+from backend.app.sqlite_store import SqliteStore
 from backend.errors import DeepHairError
 from backend.tryon.values import TryOnRequest
 from tests import app_standin
 from tests.app_standin import StandIn, app_config, composite, decoded, picture, png, serving
 
 
-def test_a_killed_servers_jobs_are_queued_again_in_order_and_given_up_after_some_tries(tmp_path: Path) -> None:
-    store = JobStore(tmp_path, 10)
+def ignore(job_id: str, name: str, data: dict[str, Any], last: bool) -> None:
+    """A listener that is told of events and does nothing."""
+
+
+@pytest.fixture(params=["sqlite", "redis"])
+def new_store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[], JobStore]]:
+    """Opens a queue as a newly started server does; all that one test opens are of the same jobs."""
+    if request.param == "redis":
+        url = request.getfixturevalue("redis_url")
+        config = app_config(tmp_path, queue=url, queue_size=3)
+    else:
+        config = app_config(tmp_path, queue_size=3)
+    opened: list[JobStore] = []
+
+    def new() -> JobStore:
+        opened.append(open_store(config, ignore))
+        return opened[-1]
+
+    yield new
+    for store in opened:
+        with contextlib.suppress(Exception):
+            store.close()
+
+
+def test_a_job_ends_once_and_its_uploads_with_it(new_store: Callable[[], JobStore]) -> None:
+    store = new_store()
+    jobs = [store.add({"seed": seed}, {"target.png": bytes([seed])}) for seed in (1, 2, 3)]
+    with pytest.raises(QueueFull):
+        store.add({}, {"target.png": b"x"})
+    assert [job.id for job in store.waiting()] == [job.id for job in jobs] and [store.position(job) for job in jobs] == [1, 2, 3]
+    taken = store.claim()
+    assert taken is not None and (taken.id, taken.options, taken.state, taken.attempts) == (jobs[0].id, {"seed": 1}, State.RUNNING, 1)
+    assert store.is_mine(taken) and not store.is_mine(jobs[1]) and store.position(jobs[1]) == 1
+    store.note(taken, Progress(1, 4, 2.5))
+    running = store.get(taken.id)
+    assert running is not None and running.progress == Progress(1, 4, 2.5)
+    assert (store.count(State.QUEUED), store.count(State.RUNNING), store.full()) == (2, 1, False)
+    assert store.succeed(taken, {"width": 5}, {"result.png": b"done"})
+    assert not store.succeed(taken, {"width": 6}, {"result.png": b"again"}) and not store.fail(taken, {"code": "x"})
+    ended = store.get(taken.id)
+    assert ended is not None and (ended.state, ended.result, ended.error, ended.progress) == (State.SUCCEEDED, {"width": 5}, None, None)
+    assert (store.read(taken.id, "result.png"), store.read(taken.id, "target.png")) == (b"done", None)
+    assert store.get("nobody") is None and store.read("nobody", "result.png") is None and store.erase("nobody") is None
+
+
+def test_a_cancelled_job_is_nobodys_and_an_erased_one_keeps_nothing(new_store: Callable[[], JobStore]) -> None:
+    store = new_store()
+    first, second = (store.add({"prompt": "private"}, {"target.png": b"1"}) for _ in range(2))
+    taken = store.claim()
+    assert taken is not None
+    before = store.erase(first.id)
+    assert before is not None and before.state is State.RUNNING and not store.is_mine(taken)
+    assert not store.succeed(taken, {}, {"result.png": b"late"}) and store.read(first.id, "result.png") is None
+    store.release(taken)
+    cancelled = store.get(first.id)
+    assert cancelled is not None and (cancelled.state, cancelled.erased, cancelled.options) == (State.CANCELLED, True, {})
+    assert [job.id for job in store.waiting()] == [second.id]
+    taken = store.claim()
+    assert taken is not None and store.succeed(taken, {"width": 1}, {"result.png": b"2"})
+    before = store.erase(second.id)
+    assert before is not None and before.state is State.SUCCEEDED
+    after = store.get(second.id)
+    assert after is not None and (after.state, after.result, store.read(second.id, "result.png")) == (State.SUCCEEDED, None, None)
+    assert store.sweep(0.0) == [] and sorted(store.sweep(time.time() + 1)) == sorted([first.id, second.id])
+    assert store.get(first.id) is None and store.sweep(time.time() + 1) == []
+
+
+def test_a_killed_servers_jobs_are_queued_again_in_order_and_given_up_after_some_tries(
+    new_store: Callable[[], JobStore], tmp_path: Path
+) -> None:
+    store = new_store()
     first, second = store.add({"seed": 1}, {"target.png": b"1"}), store.add({"seed": 2}, {"target.png": b"2"})
     for attempt in range(1, MAX_ATTEMPTS + 1):
         taken = store.claim()
         assert taken is not None and (taken.id, taken.attempts) == (first.id, attempt)
-        (tmp_path / "orphan").mkdir()
+        assert store.recover() == [] and store.is_mine(taken)  # what runs here is no orphan
+        (tmp_path / "jobs" / "orphan").mkdir(parents=True)
         store.close()
-        store = JobStore(tmp_path, 10)  # what a new server finds
+        dead, store = store, new_store()  # what a new server finds
         assert [job.id for job in store.recover()] == ([first.id] if attempt == MAX_ATTEMPTS else [])
-        assert not (tmp_path / "orphan").exists()
+        if isinstance(store, SqliteStore):
+            assert not (tmp_path / "jobs" / "orphan").exists()
+        else:
+            (tmp_path / "jobs" / "orphan").rmdir()
+            assert not dead.succeed(taken, {}, {"result.png": b"from the grave"})  # it was only paused, and comes back
     given_up = store.get(first.id)
     assert given_up is not None and given_up.state is State.FAILED and given_up.error["code"] == "crashed"
     taken = store.claim()
@@ -44,6 +124,74 @@ def test_a_killed_servers_jobs_are_queued_again_in_order_and_given_up_after_some
     store.release(taken)
     again = store.get(second.id)
     assert again is not None and (again.state, again.attempts) == (State.QUEUED, 0)
+
+
+def test_two_servers_share_a_redis(redis_url: str, tmp_path: Path) -> None:
+    """What is posted to one can run at the other; either tells the whole story, cancels and hands out the picture."""
+    engines = [StandIn(gate=threading.Semaphore(0), bundle_sha256=letter * 64) for letter in "ab"]
+    config = app_config(tmp_path, queue=redis_url, queue_size=8)
+    with serving(config, engines[0]) as one, serving(config, engines[1]) as other:
+        jobs = [one.post(prompt="bob", seed=seed, steps=2).json()["id"] for seed in range(3)]
+        for _ in range(200):
+            states = [other.client.get(f"/api/v1/jobs/{job}").json()["state"] for job in jobs]
+            if states.count("running") == 2:
+                break
+            time.sleep(0.02)
+        assert states == ["running", "running", "queued"]
+        for server in (one, other):  # whoever runs the first one, the other must be able to cancel it
+            server.client.delete(f"/api/v1/jobs/{jobs[0]}").raise_for_status()
+        assert one.wait(jobs[0])["state"] == other.wait(jobs[0])["state"] == "cancelled"
+        for engine in engines:
+            engine.gate.release(100)
+        done = [other.wait(job) for job in jobs[1:]]
+        assert [job["state"] for job in done] == ["succeeded", "succeeded"]
+        for number, job in zip((1, 2), jobs[1:], strict=True):
+            pictures = [server.client.get(f"/api/v1/jobs/{job}/result").content for server in (one, other)]
+            assert pictures[0] == pictures[1]
+            assert np.array_equal(decoded(pictures[0]), composite(TryOnRequest(picture(), None, "bob", number)).image)
+            stories = [server.client.get(f"/api/v1/jobs/{job}/events").text for server in (one, other)]
+            assert all(story.count("event: progress") == 2 and '"succeeded"' in story for story in stories)
+        ran = [request.seed for engine in engines for request in engine.seen]
+        assert sorted(ran) == [0, 1, 2]
+
+
+def test_a_redis_that_is_down_is_503_and_named_at_the_start(redis_url: str, tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="does not answer"):
+        open_store(app_config(tmp_path, queue="redis://127.0.0.1:1/0"), ignore)
+    with serving(app_config(tmp_path, queue=redis_url)) as live:
+        store = live.app.state.service.store
+        working, store._redis = store._redis, redis.Redis(port=1)
+        answer = live.client.get("/api/v1/jobs/x")
+        store._redis = working
+        assert (answer.status_code, answer.json()["code"]) == (503, "storage")
+        assert live.client.get("/api/v1/jobs/x").status_code == 404
+
+
+@pytest.mark.long
+def test_redis_two_servers_one_killed_again_and_again(redis_url: str, tmp_path: Path, processes: Any) -> None:
+    """Every accepted job ends exactly once while one of two servers is killed in mid-job, eight times."""
+    rng = np.random.default_rng(3)
+    steady, client = start_server(tmp_path, processes, queue=redis_url)
+    accepted: list[tuple[str, int]] = []
+    try:
+        for _ in range(8):
+            victim, other = start_server(tmp_path, processes, queue=redis_url)
+            for number in range(len(accepted), len(accepted) + 4):
+                data = {"prompt": "bob", "seed": str(number), "steps": "4"}
+                answer = (client, other)[number % 2].post("/api/v1/jobs", files={"target": png(seed=number)}, data=data)
+                accepted.append((answer.raise_for_status().json()["id"], number))
+            time.sleep(float(rng.uniform(0.0, 0.3)))
+            victim.kill()
+            victim.join()
+        for job, number in accepted:
+            assert wait_for_end(client, job, 90) == "succeeded"
+            result = client.get(f"/api/v1/jobs/{job}/result")
+            assert np.array_equal(decoded(result.content), composite(TryOnRequest(picture(seed=number), None, "bob", number)).image)
+        ends = [int(line) for line in (tmp_path / "ledger").read_text().split()]
+        assert set(ends) == {number for _, number in accepted} and len(ends) - len(accepted) <= 8
+    finally:
+        steady.terminate()
+        steady.join()
 
 
 def test_a_stopped_server_hands_its_running_job_to_the_next(tmp_path: Path) -> None:
@@ -99,10 +247,30 @@ def processes() -> multiprocessing.context.ForkServerContext:
     return context
 
 
-def start_server(folder: Path, processes: Any, *, queue_size: int = 64) -> tuple[Any, httpx.Client]:
+@pytest.fixture
+def redis_url(tmp_path: Path) -> Iterator[str]:
+    """An empty redis-server on loopback, killed at the end."""
+    program = shutil.which("redis-server")
+    if program is None:
+        pytest.skip("no redis-server on this machine (Debian: apt install redis-server)")
+    address = tmp_path / "redis.sock"
+    command = [program, "--port", "0", "--unixsocket", str(address), "--save", "", "--appendonly", "no", "--dir", str(tmp_path)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while not address.exists():
+            assert time.monotonic() < deadline and server.poll() is None
+            time.sleep(0.01)
+        yield f"unix://{address}"
+    finally:
+        server.kill()
+        server.wait()
+
+
+def start_server(folder: Path, processes: Any, *, queue_size: int = 64, queue: str = "sqlite") -> tuple[Any, httpx.Client]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    process = processes.Process(target=app_standin.main, args=(folder, port, folder / "ledger", queue_size))
+    process = processes.Process(target=app_standin.main, args=(folder, port, folder / "ledger", queue_size, queue))
     with pytest.MonkeyPatch.context() as patch:  # what the first one starts does not know sys.path
         patch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
         process.start()
@@ -119,7 +287,7 @@ def start_server(folder: Path, processes: Any, *, queue_size: int = 64) -> tuple
 def test_a_second_server_on_the_same_folder_is_refused(tmp_path: Path) -> None:
     config = app_config(tmp_path, port=0)
     with artifacts.folder_lock(config.paths.jobs), pytest.raises(DeepHairError, match="another run"):
-        run_app(config, create_app(config, lambda _: StandIn()))  # type: ignore[arg-type, return-value]
+        run_app(config, create_app(config, lambda _: LocalEngine(StandIn())))  # type: ignore[arg-type]
 
 
 @pytest.mark.long

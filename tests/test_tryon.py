@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
+from PIL import Image
 
 from backend.config import Config
 from backend.demo.portraits import render, sample_hairstyle, sample_identity, sample_scene
@@ -170,6 +171,94 @@ def test_attributes_become_stage_0s_words() -> None:
     assert (TryOnRequest(photo, None, "shiny").words(), TryOnRequest(photo, photo).words()) == ("shiny", NEUTRAL_PROMPT)
     with pytest.raises(UsageError, match="curl 'kinky' is unknown"):
         TryOnRequest(photo, photo, curl="kinky").check()
+
+
+INVERSE = {  # how a picture is stored so that the EXIF orientation turns it upright
+    1: None,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+KINDS = ("jpeg", "png", "webp", "alpha", "16 bit", "16 bit grey", "cmyk", "palette")
+
+
+def _stored(photo: np.ndarray, kind: str, orientation: int) -> bytes:
+    """An upload file of which ``photo`` (H, W, 3) is the upright picture, as nearly as the format can say."""
+    way = INVERSE[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    lying = Image.fromarray(photo) if way is None else Image.fromarray(photo).transpose(way)
+    buffer = io.BytesIO()
+    if kind in ("jpeg", "cmyk"):
+        (lying.convert("CMYK") if kind == "cmyk" else lying).save(buffer, "JPEG", quality=92, exif=exif)
+    elif kind == "webp":
+        lying.save(buffer, "WEBP", quality=90, method=0, exif=exif)
+    elif kind == "16 bit":  # colour of 16 bits is beyond Pillow's writer
+        return cv2.imencode(".png", cv2.cvtColor(photo, cv2.COLOR_RGB2BGR).astype(np.uint16) * 257)[1].tobytes()
+    elif kind == "16 bit grey":
+        Image.fromarray(np.asarray(lying.convert("L")).astype(np.uint16) * 257).save(buffer, "PNG", exif=exif)
+    else:
+        mode = {"png": "RGB", "alpha": "RGBA", "palette": "P"}[kind]
+        lying.convert(mode).save(buffer, "PNG", compress_level=1, exif=exif)
+    return buffer.getvalue()
+
+
+def preservation_story(tryon: TryOn, reference: np.ndarray, count: int, largest: int, seed: int) -> None:
+    """Random uploads: the answer has the upright upload's size, and outside its mask not one byte is another."""
+    rng = np.random.default_rng(seed)
+    head = _portrait(7)
+    painted = 0
+    for number in range(count):
+        kind, orientation = KINDS[number % len(KINDS)], 1 + (number // len(KINDS) + number) % 8
+        orientation = 1 if kind == "16 bit" else orientation
+        width = int(300 * (largest / 300) ** rng.uniform())
+        height = int(np.clip(width * rng.uniform(0.6, 1.6), 300, min(largest, 24e6 / width)))
+        side = int(min(width, height) * rng.uniform(0.7, 1.0))
+        photo = np.full((height, width, 3), rng.integers(40, 216, 3), np.uint8)
+        x, y = rng.integers(0, width - side + 1), rng.integers(0, height - side + 1)
+        photo[y : y + side, x : x + side] = cv2.resize(head, (side, side), interpolation=cv2.INTER_CUBIC)
+        noise = rng.integers(0, 5, (height, width, 3), dtype=np.uint8)
+        photo = cv2.subtract(cv2.add(photo, noise), np.full_like(noise, 2))
+        content = _stored(photo, kind, orientation)
+        upright = decode_upload(content, max_pixels=25_000_000)
+        assert upright.shape == photo.shape, (kind, orientation)
+        if kind in ("png", "alpha", "16 bit"):
+            assert np.array_equal(upright, photo), (kind, orientation)
+        try:
+            result = tryon.run(TryOnRequest(upright, reference, seed=number, steps=1))
+        except TryOnError:  # an explained refusal is no picture, so there is nothing to be kept
+            continue
+        painted += 1
+        answer = decode_upload(encode_png(result.image, compression=1), max_pixels=25_000_000)
+        difference = np.where(result.mask > 0, 0, np.abs(answer.astype(np.int16) - upright).max(axis=2))
+        assert answer.shape == upright.shape and difference.max() == 0, (number, kind, orientation, photo.shape)
+        assert (result.mask > 0).any()
+    print(f"{painted} of {count} painted, the others refused in words")
+    assert painted >= count / 2
+
+
+def test_uploads_of_any_kind_and_size_are_kept_outside_the_mask(tryon: TryOn, reference: np.ndarray) -> None:
+    preservation_story(tryon, reference, 8, largest=900, seed=0)
+
+
+@pytest.mark.long
+def test_two_hundred_uploads_are_kept_outside_the_mask(tryon: TryOn, reference: np.ndarray) -> None:
+    preservation_story(tryon, reference, 200, largest=6000, seed=1)
+
+
+def test_in_a_full_body_photo_the_head_is_found_and_pasted_back(tryon: TryOn, reference: np.ndarray) -> None:
+    photo = np.random.default_rng(2).integers(100, 140, (2400, 1500, 3), dtype=np.uint8)
+    photo[900:, 500:1000] = (60, 70, 110)  # a body
+    photo[300:1000, 400:1100] = cv2.resize(_portrait(7), (700, 700), interpolation=cv2.INTER_CUBIC)
+    result = tryon.run(TryOnRequest(photo, reference, steps=1))
+    left, top, right, bottom = result.info["face_box"]
+    assert 400 < left < right < 1100 and 300 < top < bottom < 1000 and right - left < 500
+    assert np.array_equal(result.image[result.mask == 0], photo[result.mask == 0]) and (result.mask > 0.9).any()
+    assert not result.mask[1800:].any()  # legs
 
 
 def test_a_job_over_http_gives_the_pipelines_picture(config: Config, tryon: TryOn, upload: np.ndarray, reference: np.ndarray) -> None:
