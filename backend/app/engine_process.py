@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
@@ -59,7 +59,8 @@ class ProcessEngine:
         child_jobs.close()
         child_previews.close()
         try:
-            about, _ = _answer(jobs)
+            with _death_noticed():
+                about, _ = _answer(jobs)
         except BaseException:
             jobs.close()
             previews.close()
@@ -75,22 +76,32 @@ class ProcessEngine:
     def run(self, options: Mapping[str, Any], pictures: Mapping[str, bytes], *, on_step: OnStep, cancelled: Cancelled) -> Finished:
         """See ``Engine``."""
         self._number += 1
-        asked = False
         with _death_noticed():
             _send(self._jobs, {"number": self._number, "options": dict(options), "names": list(pictures)}, list(pictures.values()))
-            while True:
-                if not asked and cancelled():
-                    _send(self._jobs, {"cancel": self._number})
-                    asked = True
-                if not self._jobs.poll(POLL_S):
-                    continue
-                said, blobs = _answer(self._jobs)
-                if "step" not in said:
-                    break
-                on_step(*said["step"])
+            try:
+                said, blobs = self._followed(on_step, cancelled)
+            except BaseException:
+                _send(self._jobs, {"cancel": self._number})  # it may go on there; what it still says is not the next job's
+                raise
         if "cancelled" in said:
             raise Stopped
         return Finished(dict(zip(said["names"], blobs, strict=True)), said["facts"])
+
+    def _followed(self, on_step: OnStep, cancelled: Cancelled) -> Message:
+        """The last message of the running job."""
+        asked = False
+        while True:
+            if not asked and cancelled():
+                _send(self._jobs, {"cancel": self._number})
+                asked = True
+            if not self._jobs.poll(POLL_S):
+                continue
+            said, blobs = _receive(self._jobs)
+            if said["number"] != self._number:
+                continue
+            if "step" not in said:
+                return _checked(said), blobs
+            on_step(*said["step"])
 
     def preview(self, image: Pixels) -> Preview:
         """See ``Engine``."""
@@ -111,7 +122,7 @@ class ProcessEngine:
 
 
 @contextlib.contextmanager
-def _death_noticed() -> Any:
+def _death_noticed() -> Iterator[None]:
     try:
         yield
     except (EOFError, OSError) as error:
@@ -130,14 +141,15 @@ def _receive(connection: Connection) -> Message:
 
 
 def _answer(connection: Connection) -> Message:
-    try:
-        message, blobs = _receive(connection)
-    except (EOFError, OSError) as error:
-        raise EngineDied("the process that holds the model has ended", hint="it is started again; see the log") from error
+    message, blobs = _receive(connection)
+    return _checked(message), blobs
+
+
+def _checked(message: dict[str, Any]) -> dict[str, Any]:
     if "error" in message:
-        error_ = message["error"]
-        raise DeepHairError(error_["message"], hint=error_["hint"], code=error_["code"])
-    return message, blobs
+        told = message["error"]
+        raise DeepHairError(told["message"], hint=told["hint"], code=told["code"])
+    return message
 
 
 # ---- the child ----
@@ -163,27 +175,28 @@ def _serve(config: Config, factory: Callable[[Config], TryOn], jobs: Connection,
 
 
 def _serve_job(engine: LocalEngine, jobs: Connection, message: Mapping[str, Any], blobs: Sequence[bytes]) -> None:
-    stopped = False
+    number, stopped = message["number"], False
 
     def cancelled() -> bool:
         nonlocal stopped
         while jobs.poll():
             said, _ = _receive(jobs)
-            stopped = stopped or said.get("cancel") == message["number"]
+            stopped = stopped or said.get("cancel") == number
         return stopped
 
     def on_step(done: int, total: int) -> None:
-        _send(jobs, {"step": [done, total]})
+        _send(jobs, {"number": number, "step": [done, total]})
 
     pictures = dict(zip(message["names"], blobs, strict=True))
     try:
         finished = engine.run(message["options"], pictures, on_step=on_step, cancelled=cancelled)
     except Stopped:
-        _send(jobs, {"cancelled": True})
+        _send(jobs, {"number": number, "cancelled": True})
     except DeepHairError as error:
-        _send_error(jobs, error)
+        _send_error(jobs, error, number)
     else:
-        _send(jobs, {"names": list(finished.pictures), "facts": finished.facts}, list(finished.pictures.values()))
+        said = {"number": number, "names": list(finished.pictures), "facts": finished.facts}
+        _send(jobs, said, list(finished.pictures.values()))
 
 
 def _serve_previews(engine: LocalEngine, previews: Connection) -> None:
@@ -198,6 +211,6 @@ def _serve_previews(engine: LocalEngine, previews: Connection) -> None:
             _send(previews, {"faces": [asdict(face) for face in seen.faces]}, [seen.hair_mask.tobytes()])
 
 
-def _send_error(connection: Connection, error: Exception) -> None:
+def _send_error(connection: Connection, error: Exception, number: int = 0) -> None:
     failure = as_failure(error)
-    _send(connection, {"error": {"code": failure.code, "message": failure.message, "hint": failure.hint}})
+    _send(connection, {"number": number, "error": {"code": failure.code, "message": failure.message, "hint": failure.hint}})

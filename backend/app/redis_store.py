@@ -56,6 +56,7 @@ _SCRIPTS = {
     # id, capacity, options, now, names... -> 1, or 0 when the queue is full
     "add": """
 local id = ARGV[1]
+if redis.call('EXISTS', job) == 1 then return 1 end
 if redis.call('ZCARD', P .. 'queued') >= tonumber(ARGV[2]) then return 0 end
 local seq = redis.call('INCR', P .. 'seq')
 redis.call('HSET', job, 'seq', seq, 'id', id, 'state', 'queued', 'options', ARGV[3], 'created', ARGV[4], 'attempts', 0, 'erased', 0)
@@ -81,7 +82,7 @@ return first[1]
 if not mine(ARGV[2], ARGV[3]) then return 0 end
 redis.call('HSET', job, 'state', 'queued')
 redis.call('HDEL', job, 'owner', 'started', 'progress')
-redis.call('HINCRBY', job, 'attempts', -tonumber(ARGV[4]))
+redis.call('HINCRBY', job, 'attempts', 0 - tonumber(ARGV[4]))
 redis.call('ZREM', P .. 'running', ARGV[1])
 redis.call('ZADD', P .. 'queued', redis.call('HGET', job, 'seq'), ARGV[1])
 return 1
@@ -145,7 +146,9 @@ def _reported(method: Callable[Concatenate[RedisStore, P], T]) -> Callable[Conca
         try:
             return method(self, *args, **kwargs)
         except redis.RedisError as error:
-            raise StoreError("the queue cannot be reached", hint="see whether the Redis that app.queue names is running") from error
+            raise StoreError(
+                "the queue cannot be reached, or takes no more", hint="see whether the Redis that app.queue names runs and has room"
+            ) from error
 
     return reporting
 
@@ -156,6 +159,7 @@ class RedisStore:
     def __init__(self, url: str, capacity: int, listener: Listener) -> None:
         self._capacity, self._listener = capacity, listener
         self._owner = secrets.token_hex(8)
+        self._taken: set[str] = set()  # what the worker here knows that it runs
         self._redis = redis.Redis.from_url(url, socket_timeout=10, socket_connect_timeout=5, health_check_interval=30)
         self._scripts = {name: self._redis.register_script(_HEAD + body) for name, body in _SCRIPTS.items()}
         self._closing = threading.Event()
@@ -242,7 +246,10 @@ class RedisStore:
     @_reported
     def claim(self) -> Job | None:
         taken = self._run("claim", "", self._owner, time.time())
-        return self.get(taken.decode()) if taken else None
+        if not taken:
+            return None
+        self._taken.add(taken.decode())
+        return self.get(taken.decode())
 
     @_reported
     def is_mine(self, job: Job) -> bool:
@@ -252,6 +259,7 @@ class RedisStore:
     @_reported
     def release(self, job: Job, *, counted: bool = False) -> None:
         self._run("release", job.id, job.id, self._owner, job.attempts, 0 if counted else 1)
+        self._taken.discard(job.id)
 
     @_reported
     def note(self, job: Job, progress: Progress) -> None:
@@ -271,6 +279,7 @@ class RedisStore:
     def _finish(
         self, job: Job, owner: str, state: State, field: str, value: Mapping[str, Any], suffix: str = "", names: Iterable[str] = ()
     ) -> bool:
+        self._taken.discard(job.id)
         about = (job.id, owner, job.attempts, state, time.time(), field, json.dumps(dict(value)), suffix)
         return bool(self._run("finish", job.id, *about, *names))
 
@@ -290,7 +299,9 @@ class RedisStore:
         given_up = []
         for job in self._jobs(self._redis.zrange(f"{PREFIX}running", 0, -1)):
             owner = (self._redis.hget(f"{PREFIX}job:{job.id}", "owner") or b"").decode()
-            if self._redis.exists(f"{PREFIX}alive:{owner}"):
+            # one's own, too, where the answer to claim() was lost on its way
+            lost = owner == self._owner and job.id not in self._taken and time.time() - (job.started or 0.0) > ALIVE_S
+            if not lost and self._redis.exists(f"{PREFIX}alive:{owner}"):
                 continue
             # both scripts look again whether it is still that owner's, so two servers that come here together do it once
             if job.attempts < MAX_ATTEMPTS:

@@ -45,7 +45,11 @@ class Service:
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Opens the queue, takes up what an earlier server left, loads the model in a thread, works; ends in order."""
-        self.store = open_store(self.config, self._heard)
+        try:
+            self.store = open_store(self.config, self._heard)
+        except DeepHairError as error:
+            self.load_error = error  # uvicorn keeps the reason to itself
+            raise
         self.worker = Worker(self.store, self.slot, self.publish, self._publish_progress, self.metrics.job, self._wake)
         self._recover()
         self.worker.start()

@@ -122,6 +122,7 @@ class Worker(threading.Thread):
         self._store, self._slot = store, slot
         self._on_change, self._on_progress, self._on_end = on_change, on_progress, on_end
         self._wake, self._stopping = wake, threading.Event()
+        self._claimed: Job | None = None  # what must not be left marked as running here
         self.seconds_per_job = 10.0  # smoothed; for the time that a refused client is asked to wait
 
     def stop(self, timeout_s: float) -> None:
@@ -136,6 +137,9 @@ class Worker(threading.Thread):
         while not self._stopping.is_set():
             self._wake.clear()
             try:
+                if self._claimed is not None:  # the store failed under it
+                    self._store.release(self._claimed, counted=True)
+                    self._claimed = None
                 if self._slot.died:
                     self._slot.load()
                 busy = self._slot.current is not None and self._run_next()
@@ -148,12 +152,13 @@ class Worker(threading.Thread):
 
     def _run_next(self) -> bool:
         with self._slot.borrowed() as engine:
-            job = self._store.claim()
+            job = self._claimed = self._store.claim()
             if job is None:
                 return False
             self._on_change(job.id)
             start = time.monotonic()
             state, error = self._run_job(job, engine)
+            self._claimed = None
             seconds = time.monotonic() - start
         if state is State.SUCCEEDED:
             self.seconds_per_job += 0.3 * (seconds - self.seconds_per_job)
@@ -198,7 +203,10 @@ class Worker(threading.Thread):
         return {name: content for name, content in found.items() if content is not None}
 
     def _must_stop(self, job: Job) -> bool:
-        return self._stopping.is_set() or not self._store.is_mine(job)
+        try:
+            return self._stopping.is_set() or not self._store.is_mine(job)
+        except StoreError:  # a queue that cannot be reached for a moment says nothing about the job
+            return False
 
     def _step_listener(self, job: Job) -> Callable[[int, int], None]:
         first: list[tuple[int, float]] = []  # when the first step ended; it alone pays for warming up
@@ -210,7 +218,8 @@ class Worker(threading.Thread):
             timed = done - first[0][0]
             eta = round((now - first[0][1]) / timed * (total - done), 1) if timed > 0 else None
             progress = Progress(done, total, eta)
-            self._store.note(job, progress)
-            self._on_progress(job.id, progress)
+            with contextlib.suppress(StoreError):  # news of a job are not worth the job
+                self._store.note(job, progress)
+                self._on_progress(job.id, progress)
 
         return on_step

@@ -1,0 +1,288 @@
+"""Serving: what the service adds to the pipeline, how quick it answers while it paints, and the pipeline against plain diffusers.
+
+    python benchmarks/serve.py                    all of it with the demo's bundle (make demo)
+    python benchmarks/serve.py paths --compile    only the pipeline, also compiled
+    python benchmarks/serve.py --config configs/rtx3060.yaml --steps 30 --json
+
+``overhead``: share of the time from the first byte of the upload to the last of the picture that is not the pipeline's own, job by job.
+``health``: /healthz while jobs run, as a multiple of an idle server's, with the model in the HTTP process and in one of its own; the two
+are measured in turn. ``paths``: one head crop by diffusers' StableDiffusionXLInpaintPipeline with the same UNet, VAE, text encoders, steps
+and guidance, and by ours, in turn. Times of a busy machine are compared only within a run.
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":  # run as a file: the checkout must be importable
+    import sys
+    from pathlib import Path
+
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import argparse
+import contextlib
+import http.client
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+
+from backend.config import Config, load_config
+from backend.imaging.decode import encode_png
+
+SIDE = 1024  # px of the uploads
+PROBE_S = 0.02  # between two looks at /healthz
+
+
+def portrait(seed: int) -> np.ndarray:
+    """A rendered person, (SIDE, SIDE, 3) uint8."""
+    import cv2
+
+    from backend.demo.portraits import render, sample_hairstyle, sample_identity, sample_scene
+
+    rng = np.random.default_rng(seed)
+    shown = render(sample_identity(seed), sample_hairstyle(rng), sample_scene(rng, camera="mid"), 8.0, 512, seed).image
+    return cv2.resize(shown, (SIDE, SIDE), interpolation=cv2.INTER_CUBIC)
+
+
+# ---- the service ----
+
+
+def serve(config: Config, place: str) -> int:
+    """The server of one arm; ``place`` of the model: "thread" of the HTTP process or "process" of its own."""
+    from backend.app.api import create_app
+    from backend.app.engine import LocalEngine, load_tryon
+    from backend.app.engine_process import ProcessEngine
+    from backend.app.server import run_app
+
+    load = ProcessEngine.start if place == "process" else (lambda config: LocalEngine(load_tryon(config)))
+    return run_app(config, create_app(config, load))
+
+
+@contextlib.contextmanager
+def server(options: argparse.Namespace, place: str) -> Iterator[httpx.Client]:
+    """A ready server in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings = [*options.overrides, f"paths.jobs={folder}/jobs", "app.port=0", "app.queue_size=200"]
+        command = [sys.executable, __file__, "server", place, "--config", options.config, *settings]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        try:
+            assert process.stdout is not None
+            address = next(word for word in process.stdout.readline().split() if word.startswith("http"))
+            with httpx.Client(base_url=address, timeout=120) as client:
+                while client.get("/readyz").status_code != 200:
+                    time.sleep(0.1)
+                yield client
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def post(client: httpx.Client, options: argparse.Namespace, photos: tuple[bytes, bytes], seed: int) -> str:
+    """A job's address."""
+    files = {"target": photos[0], "reference": photos[1]}
+    answer = client.post("/api/v1/jobs", files=files, data={"seed": str(seed), "steps": str(options.steps)})
+    return str(answer.raise_for_status().headers["location"])
+
+
+def overhead(client: httpx.Client, options: argparse.Namespace, photos: tuple[bytes, bytes]) -> dict[str, Any]:
+    """Jobs one after the other, the first not counted."""
+    shares, whole = [], []
+    for seed in range(options.jobs + 1):
+        start = time.perf_counter()
+        place = post(client, options, photos, seed)
+        with client.stream("GET", f"{place}/events") as stream:  # ends with the job, without polling
+            for _ in stream.iter_lines():
+                pass
+        client.get(f"{place}/result").raise_for_status()
+        seconds = time.perf_counter() - start
+        job = client.get(place).json()
+        if seed:
+            whole.append(seconds)
+            shares.append(1 - job["result"]["info"]["seconds"] / seconds)
+    return {
+        "jobs": len(shares),
+        "steps": options.steps,
+        "seconds_of_a_job": round(statistics.median(whole), 3),
+        "share_beside_the_pipeline": round(statistics.median(shares), 4),
+        "worst": round(max(shares), 4),
+    }
+
+
+def answer_times(client: httpx.Client, seconds: float) -> list[float]:
+    """How long /healthz takes, in seconds, again and again over one connection."""
+    connection = http.client.HTTPConnection(client.base_url.host, client.base_url.port, timeout=60)
+    times, end = [], time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        connection.request("GET", "/healthz")
+        connection.getresponse().read()
+        times.append(time.perf_counter() - start)
+        time.sleep(PROBE_S)
+    return times
+
+
+def health(client: httpx.Client, options: argparse.Namespace, photos: tuple[bytes, bytes]) -> dict[str, Any]:
+    """Idle, then with jobs that follow each other."""
+    idle = answer_times(client, options.seconds)
+    stop = threading.Event()
+
+    def keep_busy() -> None:
+        seed = 0
+        while not stop.is_set():
+            if client.get("/metrics").text.find("deephair_jobs_waiting 0") >= 0:
+                post(client, options, photos, seed)
+                seed += 1
+            stop.wait(0.2)
+
+    busy_maker = threading.Thread(target=keep_busy)
+    busy_maker.start()
+    time.sleep(1.0)
+    busy = answer_times(client, options.seconds)
+    stop.set()
+    busy_maker.join()
+    figures = {}
+    for name, quantile in (("p50", 0.5), ("p99", 0.99)):
+        figures |= {
+            f"{name}_idle_ms": round(1e3 * float(np.quantile(idle, quantile)), 2),
+            f"{name}_busy_ms": round(1e3 * float(np.quantile(busy, quantile)), 2),
+            f"{name}_ratio": round(float(np.quantile(busy, quantile) / np.quantile(idle, quantile)), 2),
+        }
+    return {"answers": len(busy), **figures}
+
+
+# ---- the pipeline ----
+
+
+def paths(config: Config, options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of one head crop by each path, and how many times faster than plain diffusers it is."""
+    import torch
+    from diffusers import StableDiffusionXLInpaintPipeline
+
+    from backend.tryon import conditioning
+    from backend.tryon.painter import PaintRequest
+    from backend.tryon.pipeline import TryOn
+
+    tryon = TryOn.load(config)
+    painter, side = tryon._painter, int(tryon.header["resolution"])
+    rng = np.random.default_rng(0)
+    photo = rng.integers(0, 256, (side, side, 3), dtype=np.uint8)
+    region = np.zeros((side, side), np.uint8)
+    region[: side // 2] = 255
+    head = conditioning.HeadInput(region, photo, np.zeros_like(photo))
+    style = rng.integers(0, 256, (224, 224, 3), dtype=np.uint8)
+    prompt = "a photo of a person with long wavy black hair"
+    guidance = config.sample.guidance
+    sampler = painter.sampler
+    folder = conditioning.inpainting_folder(config.paths.weights)
+    parameter = next(sampler.model.unet.parameters())
+    plain = StableDiffusionXLInpaintPipeline.from_pretrained(
+        folder, unet=sampler.model.unet, vae=sampler.vae, torch_dtype=parameter.dtype, local_files_only=True
+    ).to(parameter.device)
+    plain.set_progress_bar_config(disable=True)
+    picture = torch.from_numpy(photo).permute(2, 0, 1)[None].float() / 255
+    mask = torch.from_numpy(region > 0)[None, None].float()
+
+    def by_diffusers() -> None:
+        plain(
+            prompt=prompt, image=picture, mask_image=mask, height=side, width=side, strength=1.0, num_inference_steps=options.steps,
+            guidance_scale=guidance, generator=torch.Generator().manual_seed(0), output_type="pt",
+        )  # fmt: skip
+
+    def by_us(steps: int) -> Callable[[], None]:
+        def paint() -> None:
+            painter.paint([PaintRequest(head, style, None, prompt, 0)], steps=steps, guidance=guidance)
+
+        return paint
+
+    arms = {"diffusers": by_diffusers, "ours, prompt remembered": by_us(options.steps), f"ours, {options.few} steps": by_us(options.few)}
+    times = measured(arms, options.repeats, parameter.device)
+    if options.compile:
+        sampler.model.unet.compile()
+        times |= measured({"ours, compiled": by_us(options.steps)}, options.repeats, parameter.device)
+    reference = statistics.median(times["diffusers"])
+    return {
+        name: {
+            "seconds": round(statistics.median(values), 3),
+            "times_faster": round(reference / statistics.median(values), 3),
+            "runs": len(values),
+        }
+        for name, values in times.items()
+    }
+
+
+def measured(arms: dict[str, Callable[[], None]], repeats: int, device: Any) -> dict[str, list[float]]:
+    """Seconds of each arm, in turn, after one run of each that is not counted."""
+    import torch
+
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    for repeat in range(repeats + 1):
+        for name, run in arms.items():
+            start = time.perf_counter()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if repeat:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def surroundings() -> dict[str, Any]:
+    """What the figures hold for."""
+    import torch
+
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "fastapi", "uvicorn")}
+    cores, threads = len(os.sched_getaffinity(0)), torch.get_num_threads()
+    return {"device": card or platform.processor() or platform.machine(), "cores": cores, "threads": threads, **versions}
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="*", help="overhead, health, paths (all without one); then key=value settings")
+    parser.add_argument("--config", default="configs/demo.yaml")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--few", type=int, default=4, help="steps of the few-step path; what they cost, not what they look like")
+    parser.add_argument("--jobs", type=int, default=10)
+    parser.add_argument("--seconds", type=float, default=15.0, help="of each look at /healthz")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--compile", action="store_true", help="also compiled; minutes of compiling")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_intermixed_args()
+    options.overrides = [word for word in options.what if "=" in word]
+    what = [word for word in options.what if "=" not in word]
+    config = load_config(options.config, options.overrides)
+    if what[:1] == ["server"]:
+        return serve(config, what[1])
+    wanted = what or ["overhead", "health", "paths"]
+    report: dict[str, Any] = {"config": config.name, "steps": options.steps}
+    photos = (encode_png(portrait(7)), encode_png(portrait(11)))
+    if "health" in wanted:
+        report["health"] = {}
+        for place in ("thread", "process"):
+            with server(options, place) as client:
+                report["health"][place] = health(client, options, photos)
+    if "overhead" in wanted:
+        with server(options, "process") as client:
+            report["overhead"] = overhead(client, options, photos)
+    if "paths" in wanted:
+        report["paths"] = paths(config, options)
+    report["surroundings"] = surroundings()
+    sys.stdout.write(json.dumps(report, indent=None if options.json else 2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
