@@ -12,6 +12,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 from fastapi.testclient import TestClient
 from PIL import Image
 
@@ -288,6 +289,54 @@ def test_a_job_over_http_gives_the_pipelines_picture(config: Config, tryon: TryO
     assert image.shape == upload.shape
     assert np.array_equal(image[mask == 0], upload[mask == 0])
     assert np.array_equal(image, tryon.run(TryOnRequest(upload, reference, None, seed=3)).image)
+
+
+@pytest.mark.long
+def test_a_bundle_with_nan_is_refused_over_http_and_the_old_one_serves_on(
+    finished_world: World, tmp_path: Path, upload: np.ndarray, reference: np.ndarray
+) -> None:
+    """Worth its time: the real check, in the real process, behind the real address."""
+    from backend.app.api import create_app
+    from backend.training.models.bundle import load_bundle, write_bundle
+
+    config = finished_world.copy(tmp_path / "world", "models").config()
+    files = {"target": ("me.png", encode_png(upload)), "reference": ("hair.png", encode_png(reference))}
+    with TestClient(create_app(config), base_url="http://localhost") as client:
+        while client.get("/readyz").status_code != 200:
+            time.sleep(0.1)
+        before = client.get("/api/v1/models").json()["bundle_sha256"]
+        bundle = load_bundle(config.paths.bundle)
+        whole = config.paths.bundle.read_bytes()
+        with torch.no_grad():
+            bundle.model.unet.conv_in.bias[0] = torch.nan
+        write_bundle(config.paths.bundle, bundle.model, bundle.texture_encoder, bundle.header)
+        refused = client.post("/api/v1/models/reload")
+        assert (refused.status_code, refused.json()["code"]) == (503, "reload_failed") and "invalid_artifact" in refused.json()["detail"]
+        assert client.get("/api/v1/models").json()["bundle_sha256"] == before
+        place = client.post("/api/v1/jobs", files=files).headers["location"]
+        while (job := client.get(place).json())["state"] in ("queued", "running"):
+            time.sleep(0.1)
+        assert job["state"] == "succeeded" and job["result"]["bundle_sha256"] == before
+        config.paths.bundle.write_bytes(whole)
+        assert client.post("/api/v1/models/reload").json()["bundle_sha256"] == before
+
+
+def test_the_command_does_a_folder_and_names_what_it_cannot(finished_world: World, tmp_path: Path, upload: np.ndarray) -> None:
+    from backend.cli import main
+
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "me.png").write_bytes(encode_png(upload))
+    (photos / "wall.png").write_bytes(encode_png(np.full((400, 400, 3), 120, np.uint8)))
+    (photos / "notes.txt").write_text("not a picture")
+    arguments = finished_world.arguments()
+    settings = [word for setting in arguments[2:] for word in ("--set", setting)]
+    command = ["tryon", str(photos), "-o", str(tmp_path / "done"), "--color", "black", "--steps", "1", *arguments[:2], *settings]
+    assert main(command) == 3  # done, with rejected items
+    assert [path.name for path in (tmp_path / "done").iterdir()] == ["me.png"]
+    assert decode_upload((tmp_path / "done" / "me.png").read_bytes(), max_pixels=10**8).shape == upload.shape
+    assert main([*command, "--mask", str(photos / "me.png")]) == 2
+    assert main(["tryon", str(photos / "me.png"), "-o", str(tmp_path / "x.png"), "--color", "purple", *arguments[:2], *settings]) == 2
 
 
 def test_the_command_writes_the_same_picture(

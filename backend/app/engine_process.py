@@ -106,7 +106,7 @@ class ProcessEngine:
     def preview(self, image: Pixels) -> Preview:
         """See ``Engine``."""
         with self._preview_turn, _death_noticed():
-            _send(self._previews, {"shape": image.shape}, [memoryview(np.ascontiguousarray(image)).cast("B")])
+            _send(self._previews, {"shape": image.shape}, [np.ascontiguousarray(image).data.cast("B")])
             said, (mask,) = _answer(self._previews)
         faces = [FaceInfo(tuple(face["box"]), face["confidence"], face["landmarks"]) for face in said["faces"]]
         return Preview(faces, np.frombuffer(mask, np.uint8).reshape(image.shape[:2]))

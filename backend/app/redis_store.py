@@ -18,139 +18,35 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, TypeVar, cast
 
 import redis
 
 from backend.app.jobs import MAX_ATTEMPTS, Job, Listener, Progress, QueueFull, State, StoreError, crashed
+from backend.app.redis_scripts import PREFIX, SCRIPTS
 
 logger = logging.getLogger(__name__)
 
-P = ParamSpec("P")
-T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 
-PREFIX = "deephair:"
 ALIVE_S = 10  # a process that has not been heard of for so long is taken for dead
 BEAT_S = 2.0
 UNCLAIMED_S = 600  # a picture that no job came to own is gone after this
 EVENTS = 10_000  # kept for servers that were cut off for a moment
 
-# KEYS[1] is the job's hash; the other keys have fixed names below PREFIX. Times come from the caller, in seconds since 1970.
-_HEAD = f"""
-local P = '{PREFIX}'
-local job = KEYS[1]
-local function files(id, keep)
-  for _, name in ipairs(redis.call('SMEMBERS', P .. 'files:' .. id)) do
-    if not keep[name] then
-      redis.call('DEL', P .. 'file:' .. id .. ':' .. name)
-      redis.call('SREM', P .. 'files:' .. id, name)
-    end
-  end
-end
-local function mine(owner, attempts)
-  local now = redis.call('HMGET', job, 'state', 'owner', 'attempts')
-  return now[1] == 'running' and now[2] == owner and now[3] == attempts
-end
-"""
-_SCRIPTS = {
-    # id, capacity, options, now, names... -> 1, or 0 when the queue is full
-    "add": """
-local id = ARGV[1]
-if redis.call('EXISTS', job) == 1 then return 1 end
-if redis.call('ZCARD', P .. 'queued') >= tonumber(ARGV[2]) then return 0 end
-local seq = redis.call('INCR', P .. 'seq')
-redis.call('HSET', job, 'seq', seq, 'id', id, 'state', 'queued', 'options', ARGV[3], 'created', ARGV[4], 'attempts', 0, 'erased', 0)
-for i = 5, #ARGV do
-  redis.call('SADD', P .. 'files:' .. id, ARGV[i])
-  redis.call('PERSIST', P .. 'file:' .. id .. ':' .. ARGV[i])
-end
-redis.call('ZADD', P .. 'queued', seq, id)
-return 1
-""",
-    # owner, now -> id or nothing
-    "claim": """
-local first = redis.call('ZPOPMIN', P .. 'queued')
-if #first == 0 then return false end
-local key = P .. 'job:' .. first[1]
-redis.call('HSET', key, 'state', 'running', 'owner', ARGV[1], 'started', ARGV[2])
-redis.call('HINCRBY', key, 'attempts', 1)
-redis.call('ZADD', P .. 'running', first[2], first[1])
-return first[1]
-""",
-    # id, owner, attempts, how many attempts it takes back
-    "release": """
-if not mine(ARGV[2], ARGV[3]) then return 0 end
-redis.call('HSET', job, 'state', 'queued')
-redis.call('HDEL', job, 'owner', 'started', 'progress')
-redis.call('HINCRBY', job, 'attempts', 0 - tonumber(ARGV[4]))
-redis.call('ZREM', P .. 'running', ARGV[1])
-redis.call('ZADD', P .. 'queued', redis.call('HGET', job, 'seq'), ARGV[1])
-return 1
-""",
-    # owner, attempts, progress
-    "note": """
-if mine(ARGV[1], ARGV[2]) then redis.call('HSET', job, 'progress', ARGV[3]) end
-""",
-    # id, owner, attempts, state, now, field, value, suffix of the results' waiting names, names of the results...
-    "finish": """
-local id, suffix = ARGV[1], ARGV[8]
-if not mine(ARGV[2], ARGV[3]) then
-  for i = 9, #ARGV do redis.call('DEL', P .. 'file:' .. id .. ':' .. ARGV[i] .. suffix) end
-  return 0
-end
-redis.call('HSET', job, 'state', ARGV[4], 'ended', ARGV[5], ARGV[6], ARGV[7])
-redis.call('HDEL', job, 'progress')
-local keep = {}
-for i = 9, #ARGV do
-  local name = P .. 'file:' .. id .. ':' .. ARGV[i]
-  redis.call('RENAME', name .. suffix, name)
-  redis.call('PERSIST', name)
-  redis.call('SADD', P .. 'files:' .. id, ARGV[i])
-  keep[ARGV[i]] = true
-end
-files(id, keep)
-redis.call('ZREM', P .. 'running', id)
-redis.call('ZADD', P .. 'ended', ARGV[5], id)
-return 1
-""",
-    # id, now -> the state it was in, or nothing
-    "erase": """
-local id, state = ARGV[1], redis.call('HGET', job, 'state')
-if not state then return false end
-if state == 'queued' or state == 'running' then
-  redis.call('HSET', job, 'state', 'cancelled', 'ended', ARGV[2])
-  redis.call('ZREM', P .. 'queued', id)
-  redis.call('ZREM', P .. 'running', id)
-  redis.call('ZADD', P .. 'ended', ARGV[2], id)
-end
-redis.call('HSET', job, 'options', '{}', 'erased', 1)
-redis.call('HDEL', job, 'result', 'progress')
-files(id, {})
-return state
-""",
-    # id -> 1 where it was still there
-    "forget": """
-if redis.call('ZREM', P .. 'ended', ARGV[1]) == 0 then return 0 end
-files(ARGV[1], {})
-redis.call('DEL', job, P .. 'files:' .. ARGV[1])
-return 1
-""",
-}
 
-
-def _reported(method: Callable[Concatenate[RedisStore, P], T]) -> Callable[Concatenate[RedisStore, P], T]:
+def _reported(method: F) -> F:
     """What Redis raises, as a StoreError."""
 
     @functools.wraps(method)
-    def reporting(self: RedisStore, *args: P.args, **kwargs: P.kwargs) -> T:
+    def reporting(*args: Any, **kwargs: Any) -> Any:
         try:
-            return method(self, *args, **kwargs)
+            return method(*args, **kwargs)
         except redis.RedisError as error:
-            raise StoreError(
-                "the queue cannot be reached, or takes no more", hint="see whether the Redis that app.queue names runs and has room"
-            ) from error
+            hint = "see whether the Redis that app.queue names runs and has room"
+            raise StoreError("the queue cannot be reached, or takes no more", hint=hint) from error
 
-    return reporting
+    return cast(F, reporting)
 
 
 class RedisStore:
@@ -161,7 +57,7 @@ class RedisStore:
         self._owner = secrets.token_hex(8)
         self._taken: set[str] = set()  # what the worker here knows that it runs
         self._redis = redis.Redis.from_url(url, socket_timeout=10, socket_connect_timeout=5, health_check_interval=30)
-        self._scripts = {name: self._redis.register_script(_HEAD + body) for name, body in _SCRIPTS.items()}
+        self._scripts = {name: self._redis.register_script(body) for name, body in SCRIPTS.items()}
         self._closing = threading.Event()
         try:
             self._beat()

@@ -6,7 +6,7 @@ import asyncio
 import re
 import unicodedata
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeAlias, TypeVar
 
 import anyio
 import anyio.to_thread
@@ -48,7 +48,10 @@ def _attribute(keys: tuple[str, ...], description: str) -> Any:
 
 
 if TYPE_CHECKING:
-    Length = Curl = Color = Bangs = str | None
+    Length: TypeAlias = str | None
+    Curl: TypeAlias = str | None
+    Color: TypeAlias = str | None
+    Bangs: TypeAlias = str | None
 else:
     Length = _attribute(choices()["length"], "The wanted length, in Stage 0's own words")
     Curl = _attribute(choices()["curl"], "The wanted curl")

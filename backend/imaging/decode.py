@@ -58,11 +58,11 @@ def decode_mask(data: bytes, *, max_pixels: int) -> NDArray[np.uint8]:
         upright = ImageOps.exif_transpose(_loaded(picture))
         if upright.mode in ("RGBA", "LA", "PA", "La", "RGBa", "P"):
             rgba = np.asarray(upright.convert("RGBA"))
-            painted = rgba[..., :3].any(axis=2) & (rgba[..., 3] > 0)
+            values, opaque = rgba[..., :3], rgba[..., 3] > 0
         else:
-            values = np.asarray(upright)
-            painted = values.any(axis=2) if values.ndim == 3 else values > 0
-        return np.where(painted, 255, 0).astype(np.uint8)
+            values = np.atleast_3d(np.asarray(upright))
+            opaque = np.ones(values.shape[:2], bool)
+        return np.where(values.any(axis=2) & opaque, 255, 0).astype(np.uint8)
 
 
 def decode_stored(data: bytes, *, max_pixels: int) -> NDArray[np.uint8]:
