@@ -91,9 +91,6 @@ def test_photos_that_cannot_be_worked_with_are_explained(tryon: TryOn, upload: n
     with pytest.raises(TryOnError) as caught:
         tryon.run(TryOnRequest(upload, None, None))
     assert caught.value.code == "nothing_to_try"
-    with pytest.raises(TryOnError) as caught:  # no hair of one's own to keep, none to recolour
-        tryon.run(TryOnRequest(upload, wall, None))
-    assert caught.value.code == "no_hair"
     with pytest.raises(TryOnError, match="face 9 was chosen"):
         tryon.run(TryOnRequest(upload, reference, None, face=9))
     pair = np.hstack([cv2.resize(_portrait(seed, yaw=0.0), (500, 500)) for seed in (7, 7)])

@@ -58,8 +58,9 @@ class TryOnRequest:
         return self.prompt if picked == NEUTRAL_PROMPT else f"{picked}, {self.prompt}"
 
     def check(self) -> None:
-        """Raises TryOnError where no picture could fit the request, whatever the photos show."""
-        if self.reference is None and self.words() == NEUTRAL_PROMPT:
+        """Raises TryOnError, or UsageError for an unknown attribute, where no picture could fit the request, whatever the photos show."""
+        words = self.words()
+        if self.reference is None and words == NEUTRAL_PROMPT:
             raise TryOnError(
                 "neither a reference photo nor a description of the hair was given", hint="give one of the two", code="nothing_to_try"
             )
