@@ -421,6 +421,15 @@ def test_unknown_addresses_and_methods_are_problems(live: Live) -> None:
         assert (answer.status_code, answer.headers["content-type"]) == (status, "application/problem+json")
 
 
+def test_a_wrong_method_is_told_all_right_ones(live: Live) -> None:
+    answers = {path: live.client.request("PATCH", path) for path in ("/api/v1/jobs/x", "/api/v1/jobs", "/healthz")}
+    assert [(answer.status_code, answer.headers["allow"]) for answer in answers.values()] == [
+        (405, "DELETE, GET"),
+        (405, "POST"),
+        (405, "GET"),
+    ]
+
+
 def test_many_ranges_are_no_work(live: Live) -> None:
     job = live.wait(live.post(prompt="bob").json()["id"])["id"]
     ranges = {"range": "bytes=" + ",".join(f"{i}-{i}" for i in range(2000))}

@@ -262,7 +262,7 @@ def create_app(config: Config, load_engine: Callable[[Config], Engine] = Process
         redirect_slashes=False,
     )
     app.state.service = service
-    problems.install(app)
+    problems.install(app, [*api.routes, *site.routes])
     app.include_router(api)
     app.include_router(site)
     app.mount("/static", StaticFiles(directory=STATIC), name="static")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -10,6 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import BaseRoute, Match
 
 from backend.app.jobs import StoreError
 from backend.errors import DeepHairError
@@ -91,8 +92,9 @@ class Problem(Exception):
 _BY_STATUS = {400: "malformed_request", 404: "not_found", 405: "method_not_allowed"}
 
 
-def install(app: FastAPI) -> None:
-    """Makes every error answer of ``app`` a problem (``security.Envelope`` does it for what nobody expected)."""
+def install(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
+    """Makes every error answer of ``app`` a problem (``security.Envelope`` does it for what nobody expected). routes: all of the app's."""
+    app.state.routes = routes
     app.add_exception_handler(Problem, _on_problem)
     app.add_exception_handler(StoreError, _on_store_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
@@ -114,7 +116,14 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     code = _BY_STATUS.get(error.status_code, "malformed_request")
     detail = "No such address." if code == "not_found" else str(error.detail)
-    return Problem(code, detail, status=error.status_code, headers=error.headers).response()
+    headers = {**(error.headers or {}), "Allow": _allowed(request)} if error.status_code == 405 else error.headers
+    return Problem(code, detail, status=error.status_code, headers=headers).response()
+
+
+def _allowed(request: Request) -> str:
+    """The methods of all routes of the address; Starlette names those of the first one only."""
+    fitting = (route for route in request.app.state.routes if route.matches(request.scope)[0] is not Match.NONE)
+    return ", ".join(sorted({method for route in fitting for method in getattr(route, "methods", None) or ()}))
 
 
 async def _on_validation_error(request: Request, error: Exception) -> Response:
