@@ -49,7 +49,8 @@ async function start() {
   $("start").disabled = true;
   const seeds = Array.from({ length: count }, (_, index) => wrapped(firstSeed() + index));
   const shots = expect(seeds, URL.createObjectURL(target.file));
-  $("stage").scrollIntoView({ behavior: "smooth", block: "nearest" });
+  const below = matchMedia("(max-width: 939px)").matches; // style.css puts the stage beside the form from there on
+  $("stage").scrollIntoView({ behavior: "smooth", block: below ? "start" : "nearest" });
   $("stage").focus({ preventScroll: true });
   try {
     const taken = await tryOn({ ...(await photoFields()), ...wanted }, shots);

@@ -5,8 +5,9 @@ import { makeSlider } from "./slider.js";
 
 const MOST = 12; // pictures that are kept; the oldest goes first
 
-// A shot is {seed, before, url}: before and url are the photo's and the picture's addresses, url is null until it is there.
+// A shot is {number, seed, before, url}: before and url are the photo's and the picture's addresses, url is null until it is there.
 let shots = [];
+let count = 0; // of all shots that there ever were
 let chosen = null;
 let view = "compare";
 let working = false;
@@ -16,7 +17,7 @@ export const hasShots = () => shots.length > 0;
 
 // Makes room for what is about to be painted.
 export function expect(seeds, before) {
-  const fresh = seeds.map((seed) => ({ seed, before, url: null }));
+  const fresh = seeds.map((seed) => ({ number: (count += 1), seed, before, url: null }));
   const kept = shots.slice(Math.max(0, shots.length + fresh.length - MOST));
   release(shots.filter((shot) => !kept.includes(shot)), kept);
   shots = [...kept, ...fresh];
@@ -49,6 +50,7 @@ export function setWorking(now) {
 export function clearStage() {
   release(shots);
   shots = [];
+  count = 0;
   chosen = null;
   render();
 }
@@ -88,9 +90,9 @@ function render() {
 }
 
 function tile(shot) {
-  const name = t(shot.url ? "variant" : "variantWaiting", { seed: shot.seed });
+  const name = t(shot.url ? "variant" : "variantWaiting", { number: shot.number });
   const button = make("button", { type: "button", className: "tile", title: name, disabled: !shot.url });
-  button.append(shot.url ? make("img", { src: shot.url, alt: "" }) : make("span", { className: "pending" }), make("span", { textContent: `#${shot.seed}` }));
+  button.append(shot.url ? make("img", { src: shot.url, alt: "" }) : make("span", { className: "pending" }), make("span", { textContent: String(shot.number) }));
   button.setAttribute("aria-label", name);
   button.setAttribute("aria-pressed", String(shot === chosen));
   button.addEventListener("click", () => {
@@ -105,7 +107,7 @@ function figure(url, caption) {
 }
 
 function sheetItem(shot) {
-  const item = figure(shot.url, t("variant", { seed: shot.seed }));
+  const item = figure(shot.url, t("variant", { number: shot.number }));
   item.classList.toggle("chosen", shot === chosen);
   return item;
 }

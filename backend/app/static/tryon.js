@@ -7,7 +7,7 @@ import { arrive, drop, setWorking, showProblem } from "./stage.js";
 const STORE = "deephair-jobs";
 // The jobs of this tab whose photos the server may still have; they outlive a reload, so that they can be deleted after it.
 const mine = new Set(JSON.parse(sessionStorage.getItem(STORE) ?? "[]"));
-let run = null; // {shots, jobs, cancelled}
+let run = null; // {jobs by shot, count of variants, cancelled, refused}
 
 function remember(id) {
   mine.add(id);
@@ -27,35 +27,39 @@ store();
 
 // Sends a job for each shot and shows what comes; gives how many were taken. Where the first is refused, its problem is shown.
 export async function tryOn(fields, shots) {
-  run = { shots, jobs: new Map(), cancelled: false };
+  run = { jobs: new Map(), count: shots.length, cancelled: false, refused: false };
   setWorking(true);
   progress(null, () => t("sending"));
   try {
-    const refusal = await send(fields);
-    if (refusal && !run.jobs.size) showProblem(refusal);
-    const taken = run.jobs.size;
-    let number = 0;
-    for (const [shot, job] of run.jobs) await follow(shot, job, (number += 1));
-    return taken;
+    let last = Promise.resolve();
+    const sending = shots.map((shot) => (last = last.then(() => send(shot, fields))));
+    for (const [index, shot] of shots.entries()) {
+      const job = await sending[index];
+      if (job) await follow(shot, job, index + 1);
+    }
+    return run.jobs.size;
   } finally {
     setWorking(false);
     run = null;
   }
 }
 
-async function send(fields) {
-  for (const shot of run.shots) {
-    try {
-      if (run.cancelled) throw new DOMException("cancelled", "AbortError");
+// Gives the job, or null where it, or one before it, was refused.
+async function send(shot, fields) {
+  try {
+    if (!run.refused && !run.cancelled) {
       const job = await api.createJob({ ...fields, seed: shot.seed });
       remember(job.id);
       run.jobs.set(shot, job);
       if (run.cancelled) await erase(job.id);
-    } catch (error) {
-      for (const rest of run.shots.slice(run.shots.indexOf(shot))) drop(rest);
-      return run.cancelled ? null : problemOf(error);
+      return job;
     }
+  } catch (error) {
+    run.refused = true;
+    if (!run.jobs.size) showProblem(problemOf(error));
   }
+  run.count = run.jobs.size;
+  drop(shot);
   return null;
 }
 
@@ -82,8 +86,8 @@ async function follow(shot, job, number) {
 
 // ---- progress ----
 
-const ofMany = (number) => (run.jobs.size > 1 ? `${t("ofMany", { number, count: run.jobs.size })} · ` : "");
-const overall = (number, fraction) => (number - 1 + fraction) / run.jobs.size;
+const ofMany = (number) => (run.count > 1 ? `${t("ofMany", { number, count: run.count })} · ` : "");
+const overall = (number, fraction) => (number - 1 + fraction) / run.count;
 
 function showState(job, number) {
   const prefix = ofMany(number);
