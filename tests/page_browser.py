@@ -91,7 +91,7 @@ def visit(
     context.set_default_timeout(60_000)
     page = context.new_page()
     opened = Visit(page, live, words)
-    page.on("console", lambda message: opened.complaints.append(message.text) if message.type in ("error", "warning") else None)
+    page.on("console", lambda message: opened.complaints.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: opened.complaints.append(str(error)))
     here = f"http://127.0.0.1:{live.port}/"
     page.on("request", lambda request: None if request.url.startswith((here, "blob:", "data:")) else opened.foreign.append(request.url))

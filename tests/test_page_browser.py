@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from backend.tryon.values import FaceInfo, Preview
 from tests.app_standin import Live, StandIn, app_config, composite, decoded, picture, png, serving
 from tests.page_browser import Visit, chromium, visit
 from tests.test_page import words
@@ -271,7 +272,7 @@ def test_what_the_server_does_not_offer_is_not_shown(browser: Any, live: Live) -
             page.reload()
         it.drop("target", PHOTO)
         it.drop("reference", LOOK)
-        page.wait_for_function("() => document.getElementById('target-note').textContent.includes('Face found')")
+        page.wait_for_selector(f"#target-note:has-text('{it.words['oneFace']}')")
         for selector in ("#gallery", "#edit", "#pickers", "#modes", "#strength-field"):
             assert page.locator(selector).is_hidden(), selector
         page.click("#start")
@@ -291,6 +292,36 @@ def test_a_key_is_asked_for_once(browser: Any, tmp_path: Path) -> None:
         page.wait_for_selector("#gallery:not([hidden])")
         assert page.locator("#key-dialog").is_hidden()
         assert text_of(page, "#weights").startswith("Model aaaaaaaaaaaa")
+
+
+class Couple(StandIn):
+    """Sees two faces."""
+
+    def preview(self, image: np.ndarray) -> Preview:
+        seen = super().preview(image)
+        return Preview([*seen.faces, FaceInfo((10.0, 20.0, 60.0, 80.0), 0.8, [[1.0, 2.0]] * 5)], seen.hair_mask)
+
+
+def test_one_of_several_faces(browser: Any, tmp_path: Path) -> None:
+    with serving(app_config(tmp_path), Couple()) as live, visit(browser, live, words("en")) as it:
+        page = it.page
+        it.drop("target", PHOTO)
+        page.wait_for_selector("#faces:not([hidden])")
+        assert text_of(page, "#target-note") == it.words["manyFaces"].replace("{count}", "2")
+        assert serious_findings(page) == []
+        page.locator(".face input").nth(0).focus()
+        it.press("ArrowRight")
+        assert page.evaluate("document.activeElement.value") == "1"
+        page.click("#edit")
+        page.wait_for_selector("#editor[open]")
+        assert mask_pixels(page) == 0, "the hair that was found is the first person's"
+        it.draw((0.5, 0.5), (0.55, 0.6))
+        it.press("Escape")
+        page.locator(".look").nth(0).click()
+        page.click("#start")
+        page.wait_for_selector("#actions:not([hidden])")
+        assert live.engine.seen[-1].face == 1
+        assert 0 < (live.engine.seen[-1].mask > 0).mean() < 0.2
 
 
 # ---- the modules by themselves ----

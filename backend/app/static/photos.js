@@ -16,7 +16,7 @@ let onChange = () => {};
 let offersMask = false;
 let looking = null; // the preview that is under way
 let seen = null; // its answer
-let hair = null; // Mask: where the server sees hair
+let hair = null; // Mask: where the server sees hair, that of the largest face, which is the first
 let area = null; // Mask: what the person painted; null: the server decides
 let face = 0;
 
@@ -83,33 +83,38 @@ async function previewPatiently(file, signal) {
 }
 
 function showSeen() {
-  const count = seen.faces.length;
-  note(target.note, area ? "areaMarked" : count === 0 ? "noFace" : count === 1 ? "oneFace" : "manyFaces", { count });
-  target.note.classList.toggle("bad", !count);
-  draw();
-  $("edit").hidden = !offersMask || !count;
-  $("faces").hidden = count < 2;
+  tellSeen();
+  $("faces").hidden = seen.faces.length < 2;
   const choose = (index) => {
     face = index;
-    draw();
+    area = null;
+    tellSeen();
   };
   say("faces", () => listFaces($("faces").querySelector(".face-list"), target.photo, seen ?? { faces: [] }, face, choose));
 }
 
-const draw = () => drawSeen(target.canvas, area ?? hair, seen, face);
+function tellSeen() {
+  const count = seen.faces.length;
+  note(target.note, area ? "areaMarked" : count === 0 ? "noFace" : count === 1 ? "oneFace" : "manyFaces", { count });
+  target.note.classList.toggle("bad", !count);
+  $("edit").hidden = !offersMask || !count;
+  drawSeen(target.canvas, area ?? detected(), seen, face);
+}
+
+const detected = () => (face === 0 ? hair : new Mask(hair.width, hair.height));
 
 // ---- the area that may change ----
 
 export function offerMask() {
   offersMask = true;
-  if (seen) showSeen();
+  if (seen) tellSeen();
 }
 
 $("edit").addEventListener("click", async () => {
-  const base = hair.grown(MARGIN * LONGEST);
+  const base = detected().grown(MARGIN * LONGEST);
   const painted = await editArea(target.url, area ?? base, base);
   area = painted.equals(base) || painted.empty ? null : painted;
-  showSeen();
+  tellSeen();
   $("edit").focus();
 });
 
