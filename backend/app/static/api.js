@@ -8,34 +8,38 @@ export class ProblemError extends Error {
 }
 
 let askForKey = async () => null;
+let asking = null; // one question, however many requests wait for its answer
 
 export function onKeyWanted(ask) {
   askForKey = ask;
 }
 
-function headers(extra = {}) {
-  const key = sessionStorage.getItem("deephair-key");
-  return key ? { ...extra, Authorization: `Bearer ${key}` } : extra;
+const storedKey = () => sessionStorage.getItem("deephair-key");
+
+function headers(extra, key) {
+  return key ? { ...extra, Authorization: `Bearer ${key}` } : { ...extra };
 }
 
 async function request(path, options = {}) {
+  const key = storedKey();
   let response;
   try {
-    response = await fetch(path, { ...options, headers: headers(options.headers), cache: "no-store" });
+    response = await fetch(path, { ...options, headers: headers(options.headers, key), cache: "no-store" });
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new ProblemError({ code: "network" });
   }
   if (response.ok) return response;
   const problem = await response.json().catch(() => ({ code: "internal", detail: response.statusText }));
-  if (response.status === 401) {
-    const key = await askForKey();
-    if (key) {
-      sessionStorage.setItem("deephair-key", key);
-      return request(path, options);
-    }
-  }
+  if (response.status === 401 && (storedKey() !== key || (await newKey()))) return request(path, options);
   throw new ProblemError({ ...problem, retryAfter: response.headers.get("Retry-After") });
+}
+
+async function newKey() {
+  asking ??= askForKey().finally(() => (asking = null));
+  const key = await asking;
+  if (key) sessionStorage.setItem("deephair-key", key);
+  return Boolean(key);
 }
 
 const json = async (path, options) => (await request(path, options)).json();
@@ -48,6 +52,9 @@ function form(fields) {
 }
 
 export const models = () => json("/api/v1/models");
+export const openapi = () => json("/api/v1/openapi.json");
+export const gallery = () => json("/api/v1/gallery");
+export const picture = (url) => blob(url);
 export const preview = (file, signal) => json("/api/v1/preview", { method: "POST", body: form({ target: file }), signal });
 export const createJob = (fields) => json("/api/v1/jobs", { method: "POST", body: form(fields) });
 export const readJob = (id) => json(`/api/v1/jobs/${id}`);
@@ -90,7 +97,8 @@ async function* events(stream) {
     const blocks = text.split("\n\n");
     text = blocks.pop();
     for (const block of blocks) {
-      const fields = Object.fromEntries(block.split("\n").filter((line) => /^\w+: /.test(line)).map((line) => [line.slice(0, line.indexOf(": ")), line.slice(line.indexOf(": ") + 2)]));
+      const lines = block.split("\n").filter((line) => /^\w+: /.test(line));
+      const fields = Object.fromEntries(lines.map((line) => [line.slice(0, line.indexOf(": ")), line.slice(line.indexOf(": ") + 2)]));
       if (fields.data) yield { ...fields, data: JSON.parse(fields.data) };
     }
   }

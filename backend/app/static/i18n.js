@@ -1,193 +1,8 @@
-// Every word of the page, in both languages. {name} is filled in by t().
-const STRINGS = {
-  en: {
-    language: "Language",
-    skip: "Skip to the form",
-    title: "See yourself with that hair",
-    tagline: "Your own photo, at its full size. Everything but the hair stays exactly as it is.",
-    target: "Your photo",
-    reference: "The hair you like",
-    choose: "Choose a photo",
-    drop: "or drop or paste one here",
-    change: "Change",
-    remove: "Remove",
-    targetNote: "Face to the camera, good light. JPEG, PNG or WebP.",
-    referenceNote: "Any photo that shows the hairstyle well, or use words below.",
-    looking: "Looking for the face and the hair…",
-    oneFace: "Face found. The tinted part is your hair now; it will be replaced.",
-    manyFaces: "{count} faces found. Choose yours below.",
-    noFace: "No face found. A photo from the front, in good light, works best.",
-    whichFace: "Whose hair shall change?",
-    face: "Face {number}",
-    prompt: "Describe it in words (optional next to a photo)",
-    promptExample: "long, wavy, dark brown hair with bangs",
-    ideas: "Ideas",
-    advanced: "Advanced",
-    seed: "Variation",
-    seedNote: "The same number gives the same picture again.",
-    steps: "Steps",
-    stepsNote: "More steps: finer, and slower.",
-    automatic: "automatic",
-    start: "Try it on",
-    private: "Photos go to this server only, and are deleted soon after.",
-    needTarget: "Add your photo first.",
-    needWish: "Add a photo of the hair, or describe it in words.",
-    result: "Result",
-    empty: "Your new look appears here, next to the old one.",
-    progress: "Progress",
-    sending: "Sending the photos…",
-    queuedFirst: "You are next.",
-    queued: "Waiting; place {position} in the queue.",
-    preparing: "Measuring the face and the hair…",
-    step: "Step {done} of {total}",
-    left: "about {time} left",
-    seconds: "{n} s",
-    minutes: "{n} min",
-    finishing: "Putting the hair into your photo…",
-    cancel: "Cancel",
-    cancelled: "Cancelled. Your photos were deleted from the server.",
-    ready: "The picture is ready.",
-    before: "Before",
-    after: "After",
-    beforePhoto: "Your photo before",
-    afterPhoto: "Your photo with the new hair",
-    compare: "Compare before and after",
-    showing: "{percent} % after",
-    sliderNote: "Drag the handle, or use the arrow keys.",
-    download: "Download",
-    again: "Another variation",
-    delete: "Delete my photos from the server now",
-    deleted: "Deleted. Nothing of your photos is left on the server.",
-    keeps: "Photos are stored under a random name, without their metadata, and deleted by themselves.",
-    miniature: "This server runs the miniature demo model. It makes miniature pictures: they show that everything works, not how good a fully trained model looks.",
-    weightsLoaded: "Model {bundle} · weights: {weights}",
-    weightsMiniature: "miniature (demo)",
-    weightsFull: "full size",
-    weightsNone: "The model is still being loaded…",
-    keyTitle: "This server wants a key",
-    keyLabel: "API key",
-    keySave: "Continue",
-    failed: "That did not work",
-    tryAgain: "Try again in {seconds} seconds.",
-    errors: {
-      network: "The server cannot be reached. Is it still running?",
-      queue_full: "Many people are trying hair right now.",
-      busy: "The server is busy.",
-      starting: "The model is still being loaded.",
-      upload_too_large: "This photo is too large to send. Use a smaller one.",
-      too_many_pixels: "This photo has too many pixels. Use a smaller version.",
-      not_an_image: "This file is not a photo.",
-      unsupported_format: "Please use a JPEG, PNG or WebP photo.",
-      truncated: "This photo is damaged. Save or transfer it again.",
-      too_small: "The photo, or the face in it, is too small.",
-      no_face: "No face was found. Use a photo from the front, in good light.",
-      many_faces: "There are several faces. Choose one, or crop the photo.",
-      side_view: "The face is seen from the side. Use a photo that shows both eyes.",
-      no_hair: "No hair was found in the hair photo. Use one that shows it larger.",
-      flat_output: "The model painted nothing useful. Try another variation.",
-      out_of_memory: "The server ran out of memory. Use a smaller photo or fewer steps.",
-      gone: "The photos of this job are deleted already.",
-    },
-  },
-  vi: {
-    language: "Ngôn ngữ",
-    skip: "Đến biểu mẫu",
-    title: "Xem bạn hợp với kiểu tóc nào",
-    tagline: "Chính ảnh của bạn, giữ nguyên kích thước. Ngoài mái tóc, mọi điểm ảnh đều được giữ nguyên.",
-    target: "Ảnh của bạn",
-    reference: "Kiểu tóc bạn thích",
-    choose: "Chọn ảnh",
-    drop: "hoặc kéo thả, dán ảnh vào đây",
-    change: "Đổi ảnh",
-    remove: "Xóa",
-    targetNote: "Nhìn thẳng vào máy ảnh, đủ sáng. JPEG, PNG hoặc WebP.",
-    referenceNote: "Ảnh nào thấy rõ kiểu tóc cũng được, hoặc mô tả bằng lời ở dưới.",
-    looking: "Đang tìm khuôn mặt và mái tóc…",
-    oneFace: "Đã thấy khuôn mặt. Vùng tô màu là tóc hiện tại, sẽ được thay.",
-    manyFaces: "Thấy {count} khuôn mặt. Hãy chọn bên dưới.",
-    noFace: "Không thấy khuôn mặt. Ảnh chụp thẳng, đủ sáng cho kết quả tốt nhất.",
-    whichFace: "Đổi tóc cho ai?",
-    face: "Khuôn mặt {number}",
-    prompt: "Mô tả bằng lời (không bắt buộc nếu đã có ảnh)",
-    promptExample: "long, wavy, dark brown hair with bangs",
-    ideas: "Gợi ý",
-    advanced: "Nâng cao",
-    seed: "Biến thể",
-    seedNote: "Cùng một số sẽ cho lại đúng bức ảnh đó.",
-    steps: "Số bước",
-    stepsNote: "Nhiều bước hơn: mịn hơn nhưng chậm hơn.",
-    automatic: "tự động",
-    start: "Thử ngay",
-    private: "Ảnh chỉ gửi đến máy chủ này và sẽ sớm được xóa.",
-    needTarget: "Hãy thêm ảnh của bạn trước.",
-    needWish: "Hãy thêm ảnh kiểu tóc hoặc mô tả bằng lời.",
-    result: "Kết quả",
-    empty: "Diện mạo mới của bạn sẽ hiện ở đây, bên cạnh ảnh cũ.",
-    progress: "Tiến độ",
-    sending: "Đang gửi ảnh…",
-    queuedFirst: "Bạn là người tiếp theo.",
-    queued: "Đang chờ; vị trí {position} trong hàng đợi.",
-    preparing: "Đang đo khuôn mặt và mái tóc…",
-    step: "Bước {done} / {total}",
-    left: "còn khoảng {time}",
-    seconds: "{n} giây",
-    minutes: "{n} phút",
-    finishing: "Đang ghép tóc vào ảnh của bạn…",
-    cancel: "Hủy",
-    cancelled: "Đã hủy. Ảnh của bạn đã được xóa khỏi máy chủ.",
-    ready: "Ảnh đã xong.",
-    before: "Trước",
-    after: "Sau",
-    beforePhoto: "Ảnh của bạn lúc trước",
-    afterPhoto: "Ảnh của bạn với mái tóc mới",
-    compare: "So sánh trước và sau",
-    showing: "{percent} % ảnh sau",
-    sliderNote: "Kéo thanh trượt hoặc dùng các phím mũi tên.",
-    download: "Tải về",
-    again: "Biến thể khác",
-    delete: "Xóa ảnh của tôi khỏi máy chủ ngay",
-    deleted: "Đã xóa. Máy chủ không còn giữ ảnh nào của bạn.",
-    keeps: "Ảnh được lưu dưới tên ngẫu nhiên, không kèm siêu dữ liệu, và tự động bị xóa.",
-    miniature: "Máy chủ này đang chạy mô hình thu nhỏ để minh họa. Ảnh tạo ra cũng thu nhỏ: chúng cho thấy hệ thống hoạt động, không phải chất lượng của mô hình đầy đủ.",
-    weightsLoaded: "Mô hình {bundle} · trọng số: {weights}",
-    weightsMiniature: "thu nhỏ (minh họa)",
-    weightsFull: "đầy đủ",
-    weightsNone: "Mô hình đang được nạp…",
-    keyTitle: "Máy chủ này yêu cầu khóa",
-    keyLabel: "Khóa API",
-    keySave: "Tiếp tục",
-    failed: "Chưa thực hiện được",
-    tryAgain: "Hãy thử lại sau {seconds} giây.",
-    errors: {
-      network: "Không kết nối được máy chủ. Máy chủ còn chạy không?",
-      queue_full: "Hiện có nhiều người đang thử tóc.",
-      busy: "Máy chủ đang bận.",
-      starting: "Mô hình vẫn đang được nạp.",
-      upload_too_large: "Ảnh này quá lớn để gửi. Hãy dùng ảnh nhỏ hơn.",
-      too_many_pixels: "Ảnh này có quá nhiều điểm ảnh. Hãy dùng bản nhỏ hơn.",
-      not_an_image: "Tệp này không phải là ảnh.",
-      unsupported_format: "Hãy dùng ảnh JPEG, PNG hoặc WebP.",
-      truncated: "Ảnh này bị hỏng. Hãy lưu hoặc gửi lại.",
-      too_small: "Ảnh hoặc khuôn mặt trong ảnh quá nhỏ.",
-      no_face: "Không thấy khuôn mặt. Hãy dùng ảnh chụp thẳng, đủ sáng.",
-      many_faces: "Có nhiều khuôn mặt. Hãy chọn một, hoặc cắt ảnh.",
-      side_view: "Khuôn mặt nhìn nghiêng. Hãy dùng ảnh thấy rõ hai mắt.",
-      no_hair: "Không thấy tóc trong ảnh kiểu tóc. Hãy dùng ảnh thấy tóc lớn hơn.",
-      flat_output: "Mô hình chưa vẽ được gì. Hãy thử biến thể khác.",
-      out_of_memory: "Máy chủ hết bộ nhớ. Hãy dùng ảnh nhỏ hơn hoặc ít bước hơn.",
-      gone: "Ảnh của lần thử này đã được xóa.",
-    },
-  },
-};
+// The page's language: looks words up, and puts them where the document asks for them.
+import { WORDS as en } from "./words/en.js";
+import { WORDS as vi } from "./words/vi.js";
 
-// What the chips write into the prompt: the model reads English.
-export const IDEAS = [
-  { prompt: "long wavy dark brown hair", en: "long & wavy", vi: "dài gợn sóng" },
-  { prompt: "short straight black bob", en: "black bob", vi: "bob đen" },
-  { prompt: "shoulder length curly hair", en: "curly", vi: "xoăn" },
-  { prompt: "blonde hair with bangs", en: "blonde, bangs", vi: "vàng, có mái" },
-];
-
+const LANGUAGES = { en, vi };
 let language = "en";
 
 export function currentLanguage() {
@@ -195,23 +10,30 @@ export function currentLanguage() {
 }
 
 export function t(key, values = {}) {
-  const text = STRINGS[language][key] ?? key;
+  const text = LANGUAGES[language][key] ?? key;
   return text.replace(/\{(\w+)\}/g, (_, name) => values[name] ?? "");
+}
+
+// A word of a table (values, looks); what it does not know is shown as the server calls it.
+export function word(table, key, otherwise = key) {
+  return LANGUAGES[language][table][key] ?? otherwise;
 }
 
 // A person's sentence for a problem of the server; what the table does not know is shown as the server says it.
 export function errorText(problem) {
-  return STRINGS[language].errors[problem.code] ?? [problem.detail ?? problem.message, problem.hint].filter(Boolean).join(" ");
+  return word("errors", problem.code, [problem.detail ?? problem.message, problem.hint].filter(Boolean).join(" "));
 }
 
 export function setLanguage(chosen) {
-  language = chosen in STRINGS ? chosen : "en";
+  language = chosen in LANGUAGES ? chosen : "en";
   document.documentElement.lang = language;
   document.title = `DeepHair · ${t("title")}`;
   for (const element of document.querySelectorAll("[data-i18n]")) element.textContent = t(element.dataset.i18n);
-  for (const element of document.querySelectorAll("[data-i18n-label]")) element.setAttribute("aria-label", t(element.dataset.i18nLabel));
   for (const element of document.querySelectorAll("[data-i18n-placeholder]")) element.placeholder = t(element.dataset.i18nPlaceholder);
-  for (const button of document.querySelectorAll("[data-language]")) button.setAttribute("aria-pressed", String(button.dataset.language === language));
+  for (const element of document.querySelectorAll("[data-i18n-label]")) {
+    element.setAttribute("aria-label", t(element.dataset.i18nLabel));
+    if (element.matches("button")) element.title = t(element.dataset.i18nLabel);
+  }
 }
 
 export function duration(seconds) {

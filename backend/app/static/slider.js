@@ -15,6 +15,8 @@ export function makeSlider(root) {
 
   // The handle stands where "after" begins, so the share of the new picture is what lies to the right of it.
   function describe() {
+    root.querySelector(".before").alt = t("beforePhoto");
+    root.querySelector(".after").alt = t("afterPhoto");
     handle.setAttribute("aria-valuenow", String(Math.round(position)));
     handle.setAttribute("aria-valuetext", t("showing", { percent: Math.round(100 - position) }));
   }
@@ -45,8 +47,6 @@ export function makeSlider(root) {
     show(before, after) {
       root.querySelector(".before").src = before;
       root.querySelector(".after").src = after;
-      root.querySelector(".before").alt = t("beforePhoto");
-      root.querySelector(".after").alt = t("afterPhoto");
       moveTo(50);
     },
     describe,
