@@ -219,13 +219,16 @@ def _tryon(parsed: argparse.Namespace) -> int:
 def _verify(parsed: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from backend.training.models.bundle import load_bundle
+    from backend import artifacts
+    from backend.training.models.bundle import read_bundle
 
-    bundle = load_bundle(Path(parsed.bundle))
+    header, _ = read_bundle(Path(parsed.bundle))
+    digest = artifacts.sha256_file(Path(parsed.bundle))
     if parsed.json:
-        console.print_result({"sha256": bundle.sha256, **bundle.header})
+        console.print_result({"sha256": digest, **header})
     else:
-        sys.stdout.write(f"{parsed.bundle}: a whole bundle, sha256 {bundle.sha256}\n")
+        over = f", a LoRA over the base with sha256 {header['base']['sha256']}" if "lora" in header else ""
+        sys.stdout.write(f"{parsed.bundle}: a whole bundle, sha256 {digest}{over}\n")
     return console.DONE
 
 

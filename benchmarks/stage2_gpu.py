@@ -117,7 +117,8 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """One arm in this process."""
     import torch
 
-    from benchmarks.stage2_arms import ARMS, Setting, quiet_failure
+    from benchmarks.stage2_arms import ARMS, quiet_failure
+    from benchmarks.stage2_meter import Setting
     from benchmarks.stage2_parts import SIZES
 
     device = torch.device("cuda" if torch.cuda.is_available() and options.size == "full" else "cpu")

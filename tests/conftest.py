@@ -70,6 +70,15 @@ class World:
             shutil.copytree(self.root / name, target / name)
         return World(target)
 
+    def untrained(self, target: Path, *folders: str) -> World:
+        """As ``copy``, with this world's prepared data and Stage 1, and no Stage 2 yet."""
+        world = self.copy(target, *folders)
+        (target / "processed").symlink_to(self.root / "processed")
+        (target / "checkpoints").mkdir()
+        for name in ("texture_encoder.safetensors", "stage1_metrics.json"):
+            shutil.copy(self.root / "checkpoints" / name, target / "checkpoints")
+        return world
+
 
 @pytest.fixture(scope="session")
 def raw_world(tmp_path_factory: pytest.TempPathFactory) -> World:

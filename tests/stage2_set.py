@@ -43,7 +43,9 @@ class Toy:
         self.config, self.processes = config, processes or Processes(CPU)
         train = config.train
         torch.manual_seed(train.seed)
-        self.model = ready_for_training(copy.deepcopy(model if model is not None else start(train.style_tokens)), train, CPU)
+        self.model = ready_for_training(
+            copy.deepcopy(model if model is not None else start(train.style_tokens)), train, CPU, self.processes
+        )
         self.optimizer = build_optimizer(self.model, train, "eager", self.processes)
         noising = NoiseSchedule(SCHEDULER)
         split = synthetic_split(SIZE, samples=SAMPLES, variants=1, style_tokens=train.style_tokens)

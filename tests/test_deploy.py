@@ -16,7 +16,7 @@ from backend import artifacts, cli
 from backend.errors import InvalidArtifactError, MissingInputError, UsageError
 from backend.training import candidate, checkpoints, deploy, unet_export
 from backend.training.export_model import GateClosedError, export
-from backend.training.models.bundle import check_networks, load_bundle, write_bundle
+from backend.training.models.bundle import check_networks, contents_of, load_bundle, write_bundle
 from backend.training.models.stage2_unet import SDXL_UNET_CONFIG, HairInpaintingUNet, empty_unet
 from backend.training.models.texture_encoder import new_encoder
 from backend.training.stage2_files import PREFIX
@@ -54,12 +54,12 @@ FULL_DISK = """
 import resource, sys
 from pathlib import Path
 from backend import console
-from backend.training.models.bundle import load_bundle, write_bundle
+from backend.training.models.bundle import contents_of, load_bundle, write_bundle
 source, target = Path(sys.argv[1]), Path(sys.argv[2])
 bundle = load_bundle(source)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
 def run():
-    write_bundle(target, bundle.model, bundle.texture_encoder, bundle.header)
+    write_bundle(target, contents_of(bundle.model, bundle.texture_encoder), bundle.header)
     return 0
 sys.exit(console.guarded(run))
 """
@@ -82,7 +82,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number, name in enumerate("ab"):
         torch.manual_seed(number)
         encoder = new_encoder((1, 1, 1, 1), dropout=0.0, seed=number)
-        write_bundle(folder / f"{name}.bundle", HairInpaintingUNet(empty_unet(config)), encoder, header)
+        write_bundle(folder / f"{name}.bundle", contents_of(HairInpaintingUNet(empty_unet(config)), encoder), header)
     return folder
 
 
@@ -123,7 +123,8 @@ def test_rollback_swaps_the_two_and_back(finished_world: World, tmp_path: Path, 
     bundle = load_bundle(target)
     with torch.no_grad():
         bundle.model.injector.style_null.add_(1.0)
-    second = write_bundle(tmp_path / "second.safetensors", bundle.model, bundle.texture_encoder, {**bundle.header, "step": 7})
+    changed = contents_of(bundle.model, bundle.texture_encoder)
+    second = write_bundle(tmp_path / "second.safetensors", changed, {**bundle.header, "step": 7})
     deploy.deploy(tmp_path / "second.safetensors", target)
     assert artifacts.sha256_file(target) == second and "Step 7" in target.with_suffix(".md").read_text()
     for wanted, step in ((first, "Step 6"), (second, "Step 7")):
@@ -151,19 +152,19 @@ def test_the_model_card_says_what_the_header_says(finished_world: World) -> None
 
 def test_what_is_deployed_is_compared_where_it_can_be(finished_world: World, tmp_path: Path) -> None:
     config = finished_world.config()
-    bundle = load_bundle(config.paths.bundle)
-    compared, why = candidate.deployed_model(config, bundle.model, bundle.texture_encoder)
+    same = load_bundle(config.paths.bundle).header["content_sha256"]
+    compared, why = candidate.deployed_model(config, same)
     assert compared is None and "same weights" in why
-    other = new_encoder((1, 1, 1, 1), dropout=0.0, seed=9)
-    compared, why = candidate.deployed_model(config, bundle.model, other)
+    other = "of other weights"
+    compared, why = candidate.deployed_model(config, other)
     assert compared is not None and why == ""
-    compared, why = candidate.deployed_model(finished_world.config(data__resolution=256), bundle.model, other)
+    compared, why = candidate.deployed_model(finished_world.config(data__resolution=256), other)
     assert compared is None and "resolution is 128, here 256" in why
     empty = finished_world.copy(tmp_path / "none")
-    assert candidate.deployed_model(empty.config(), bundle.model, other) == (None, "")
+    assert candidate.deployed_model(empty.config(), other) == (None, "")
     (tmp_path / "none/models").mkdir()
     (tmp_path / f"none/models/{NAME}.safetensors").write_bytes(b"\x80\x04K\x01.")
-    compared, why = candidate.deployed_model(empty.config(), bundle.model, other)
+    compared, why = candidate.deployed_model(empty.config(), other)
     assert compared is None and "cannot be loaded" in why
 
 

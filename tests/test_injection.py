@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 
-from backend.training.models.bundle import load_bundle, write_bundle
+from backend.training.models.bundle import contents_of, load_bundle, write_bundle
 from backend.training.models.stage2_unet import Conditions, HairInpaintingUNet, time_ids
 from backend.training.models.texture_encoder import TextureEncoder
 from benchmarks.stage2_parts import random_unet
@@ -82,7 +82,7 @@ def test_a_decoupled_network_is_deployed_with_its_branches(tmp_path) -> None:  #
         for branch in model.injector.branches:
             branch.gate.fill_(0.5)
     header = dict.fromkeys(("identity_model", "resolution", "base", "gate", "metrics"), "a test")
-    write_bundle(tmp_path / "bundle.safetensors", model, TextureEncoder((1, 1, 1, 1)), header)
+    write_bundle(tmp_path / "bundle.safetensors", contents_of(model, TextureEncoder((1, 1, 1, 1))), header)
     loaded = load_bundle(tmp_path / "bundle.safetensors").model
     assert loaded.injection == "decoupled"
     with torch.no_grad():

@@ -177,7 +177,8 @@ def test_the_benchmark_runs_the_product_in_a_process_of_its_own(tmp_path: Path) 
 @pytest.mark.parametrize("arm", ["ours-capped", "ours-vae", "reference-vae", "adafactor-hooks"])
 def test_each_kind_of_arm_trains_two_steps(arm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(REPO_ROOT))
-    from benchmarks.stage2_arms import ARMS, Setting
+    from benchmarks.stage2_arms import ARMS
+    from benchmarks.stage2_meter import Setting
     from benchmarks.stage2_parts import SIZES
 
     result = ARMS[arm](Setting(SIZES["miniature"], torch.device("cpu"), warmup=1, steps=2, seconds=600, cap_gib=11.0, arithmetic="auto"))

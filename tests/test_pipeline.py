@@ -173,7 +173,8 @@ def test_every_trained_part_moves_and_the_log_holds_every_step(finished_world: W
     rows = [json.loads(line) for line in (folder / "stage2_log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
     assert any("loss_texture" in row for row in rows)
-    assert list((folder / "previews").glob("step_*.png"))
+    assert all(row["memory_gib"] > 0 for row in rows)
+    assert list((folder / "previews").glob("step_*.png")) and list((folder / "tensorboard/stage2").glob("events.*"))
 
 
 def test_a_checkpoint_of_other_settings_is_refused(finished_world: World, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from tests.conftest import World
 
 STEPS = 6
 
-# Trains as `deephair train` does and kills itself at the named point; "never" runs through.
+# Trains as `deephair train` does and kills itself at the named point; "never" and "drawing-ahead" run through.
 DRIVER = """
 import os, signal, sys
 from backend import artifacts, cli
@@ -71,6 +71,10 @@ elif point == "kill-9":  # whenever it comes: from a thread, half a second after
         return original_save(*given, **named)
     checkpoints.save = save
 
+elif point == "drawing-ahead":  # as on a card, by more threads than the run had before
+    original_ahead = stage2_run.ahead
+    stage2_run.ahead = lambda function, items, workers: original_ahead(function, items, workers=4)
+
 def checkpoint_folder(step):
     return step.config.paths.checkpoints
 
@@ -84,15 +88,6 @@ def _train(world: World, point: str, **changes: object) -> int:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode in (0, -9), done.stderr[-2000:]
     return done.returncode
-
-
-def _fresh(finished: World, folder: Path) -> World:
-    """The finished world's data without its Stage 2."""
-    world = finished.copy(folder)
-    (world.root / "processed").symlink_to(finished.root / "processed")
-    (world.root / "checkpoints").mkdir()
-    shutil.copy(finished.root / "checkpoints/texture_encoder.safetensors", world.root / "checkpoints")
-    return world
 
 
 def _end(world: World) -> dict[str, torch.Tensor]:
@@ -109,14 +104,14 @@ def test_a_run_stopped_at_six_points_ends_with_the_same_bits(finished_world: Wor
     size = -(-photos // 5)  # five steps to an epoch
     changes = {"train__preset": preset, "train__steps": STEPS, "train__save_every": 2, "train__validate_every": STEPS, "train__preview_every": 0,
                "train__texture_every": 0, "train__accumulate": accumulate, "train__batch_size": -(-size // accumulate), "train__lr": 1e-4}  # fmt: skip
-    undisturbed = _fresh(finished_world, tmp_path / "undisturbed")
+    undisturbed = finished_world.untrained(tmp_path / "undisturbed")
     assert _train(undisturbed, "never", **changes) == 0
     expected = _end(undisturbed)
     middle = "mid-accumulation" if preset == "lora" else "mid-step"
     for point in ("epoch-end", "mid-epoch", middle, "during-save", "kill-9", "worker-count"):
-        world = _fresh(finished_world, tmp_path / point)
+        world = finished_world.untrained(tmp_path / point)
         assert _train(world, point, **changes) == -9 or point == "kill-9", point
-        assert _train(world, "never", **changes, **({"train__prefetch": 4} if point == "worker-count" else {})) == 0
+        assert _train(world, "drawing-ahead" if point == "worker-count" else "never", **changes) == 0
         found = _end(world)
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], expected[name]) for name in expected), point

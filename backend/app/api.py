@@ -187,7 +187,8 @@ def read_gallery_picture(name: str, service: Server) -> Response:
 
 
 # What a client may know of the bundle's header; the rest (configuration, paths) is the operator's.
-_PUBLIC = ("format", "name", "step", "resolution", "base", "identity_model", "licences", "metrics", "gate", "git_commit", "data_digest")
+_PUBLIC = ("format", "name", "step", "resolution", "base", "lora", "identity_model", "licences", "metrics", "gate", "git_commit",
+           "data_digest")  # fmt: skip
 
 
 def _models(service: Service) -> ModelsView:

@@ -20,6 +20,7 @@ import torch
 
 from backend import artifacts
 from backend.errors import InvalidArtifactError
+from backend.training.sharding import part_of
 
 logger = logging.getLogger(__name__)
 
@@ -175,5 +176,5 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[torch.Ten
         beside = value.ndim > 0 or parameter in counters_beside
         restored = value.to(parameter.device if beside else "cpu", copy=True)
         if restored.shape == parameter.shape:  # laid out in memory as its parameter, which fused kernels take for granted
-            restored = torch.empty_like(parameter, dtype=value.dtype).copy_(restored)
+            restored = torch.empty_like(parameter, dtype=value.dtype).copy_(part_of(restored, parameter))
         optimizer.state[parameter][field] = restored

@@ -37,7 +37,7 @@ def rollback(config: Config) -> dict[str, Any]:
     """Brings the previous bundle back into production and keeps the one that was there, so that a second rollback undoes the first.
 
     The previous bundle is checked before anything is touched. Raises MissingInputError when there is none, InvalidArtifactError when it
-    is broken.
+    is broken or over another base.
     """
     from backend.training.models.bundle import load_bundle  # late: torch
 
@@ -47,7 +47,7 @@ def rollback(config: Config) -> dict[str, Any]:
         raise MissingInputError(f"there is no previous model at {previous}", hint="one is kept from the second deployment on")
     with artifacts.folder_lock(config.paths.models):
         artifacts.remove_stale_temporaries(config.paths.models)
-        digest = load_bundle(previous).sha256
+        digest = load_bundle(previous, config.paths.weights).sha256
         with artifacts.replacing(previous) as withdrawn:
             if target.is_file():
                 os.link(target, withdrawn)

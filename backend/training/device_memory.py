@@ -1,8 +1,9 @@
-"""A bound on what this process takes of a card, so that running out is an error and not a silent spill to host memory."""
+"""What this process takes of a card, and a bound on it, so that running out is an error and not a silent spill to host memory."""
 
 from __future__ import annotations
 
 import logging
+import resource
 
 import torch
 
@@ -11,6 +12,13 @@ from backend.machine import in_wsl
 logger = logging.getLogger(__name__)
 
 GIB = 2**30
+
+
+def peak_gib(device: torch.device) -> float:
+    """The most memory that this process has held so far, in GiB: the allocator's on a card, the resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
 
 
 def cap_memory(device: torch.device, fraction: float) -> float | None:

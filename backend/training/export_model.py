@@ -92,7 +92,7 @@ def _elsewhere(arguments: console.StageArguments) -> dict[str, Any]:
 
     done: dict[str, Any] = deploy.rollback(config) if asked["rollback"] else {}
     if asked["diffusers"] or asked["single_file"]:
-        bundle = load_bundle(config.paths.bundle)
+        bundle = load_bundle(config.paths.bundle, config.paths.weights)
         if asked["diffusers"]:
             done["diffusers"] = str(unet_export.write_diffusers(bundle, Path(asked["diffusers"])))
         if asked["single_file"]:
@@ -142,7 +142,7 @@ def _painter_to_measure(config: Config) -> tuple[Any, str]:
             candidate.rebuilt(checkpoint), load_texture_encoder(texture_encoder_path(config)), config
         ), checkpoint.weights_path.name
     if config.paths.bundle.is_file():
-        return Painter.of_bundle(load_bundle(config.paths.bundle), config), config.paths.bundle.name
+        return Painter.of_bundle(load_bundle(config.paths.bundle, config.paths.weights), config), config.paths.bundle.name
     raise MissingInputError(
         f"neither a checkpoint in {config.paths.checkpoints} nor a deployed model at {config.paths.bundle}",
         hint="run 'deephair train' first",
@@ -248,8 +248,9 @@ def _export(config: Config, digest: str) -> dict[str, Any]:
         raise GateClosedError(
             f"the gate refused the model before it was measured: {error}", hint="what was deployed before stays; train again"
         ) from error
+    contents = candidate.contents(config, checkpoint, model, encoder)  # as trained; the painter computes in the device's precision
     painter = Painter(model, encoder, config)
-    deployed_before, why_not = candidate.deployed_model(config, model, encoder)
+    deployed_before, why_not = candidate.deployed_model(config, contents.networks["content_sha256"])
     evaluation = Evaluator(config, painter).run(deployed_before)
     if why_not:
         evaluation.figures["deployed_not_compared"] = why_not
@@ -258,9 +259,13 @@ def _export(config: Config, digest: str) -> dict[str, Any]:
     environment = results.environment(config)
     header = candidate.header(config, checkpoint.header, evaluation.figures, gate, environment)
     file = config.paths.models / f".candidate.safetensors{artifacts.TMP_SUFFIX}"
+    scene = evaluation.transfer.first[0].scene
+    wanted = candidate.painted(painter, scene, config)
+    painter.sampler.model.cpu()  # a card with 12 GB holds one such network at a time
     try:
-        write_bundle(file, painter.sampler.model.cpu(), encoder.cpu(), header)
-        candidate.require_equal(painter, Painter.of_bundle(load_bundle(file), config), evaluation.transfer.first[0].scene, config)
+        write_bundle(file, contents, header)
+        reloaded = Painter.of_bundle(load_bundle(file, config.paths.weights), config)
+        candidate.require_equal(wanted, candidate.painted(reloaded, scene, config))
         deployed = None
         if gate["passed"] or gate["forced"]:
             deploy(file, config.paths.bundle)

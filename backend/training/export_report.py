@@ -141,7 +141,7 @@ def _table(figures: dict[str, Any], protocol: str) -> str:
             mark = " (holds the truth)" if protocol == "reconstruction" and name in HOLD_THE_TRUTH else ""
             rows.append([_TITLES.get(name, name) + mark, *(_shown(values, figure.name) for figure in wanted)])
     note = f'<p class="soft">Largest change outside the mask, which must be 0: {figures["outside_max_abs_diff"]}.</p>'
-    titles = [f"{figure.title} {_arrow(figure)}" for figure in wanted]
+    titles = [f"{figure.title}\u00a0{_arrow(figure)}" for figure in wanted]
     return f"<h3>{protocol.capitalize()}</h3>{html.table([protocol, *titles], rows)}{note if protocol == 'preservation' else ''}"
 
 
@@ -153,8 +153,8 @@ def _shown(values: dict[str, Any], name: str) -> str:
     if name not in values:
         return ""
     interval = values.get(f"{name}_ci")
-    text = f"{values[name]:.3f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
-    return text + (f" (n {values[f'{name}_n']})" if f"{name}_n" in values else "")
+    text = f"{values[name]:.3f}" + (f" [{interval[0]:.3f},\u00a0{interval[1]:.3f}]" if interval else "")
+    return text + (f" (n\u00a0{values[f'{name}_n']})" if f"{name}_n" in values else "")
 
 
 def _slices(figures: dict[str, Any], kind: str) -> str:

@@ -30,6 +30,7 @@ a{color:var(--accent)}
 table{border-collapse:collapse;width:100%;background:var(--card);font-variant-numeric:tabular-nums}
 th,td{border-bottom:1px solid var(--line);padding:.4rem .7rem;text-align:left;vertical-align:top}
 th{font-weight:600}
+.scroll tr>:first-child{position:sticky;left:0;background:var(--card)}
 td.n,th.n{text-align:right}
 figure{margin:0}
 img{display:block;max-width:100%;height:auto;border-radius:4px;image-rendering:auto}

@@ -13,8 +13,9 @@ from backend.training.processes import Processes
 class GatheredFactoredAdam(FusedFactoredAdam):
     """FusedFactoredAdam's update without its restriction: gradients stay until ``end``, so accumulation and clipping are exact.
 
-    accumulate: number of backward passes between ``begin`` and ``end``; their losses are means over equal shares, and the gradients'
-    mean is taken in float32 (for one pass the gradient stays as it is). processes: gradients are averaged over them first.
+    accumulate: number of backward passes between ``begin`` and ``end``; their losses are means over equal shares. processes: gradients are
+    averaged over them first. Both means are taken in float32, so that two processes update as one with two passes; a single pass in a
+    single process leaves the gradient as it is.
     """
 
     def __init__(
@@ -29,6 +30,7 @@ class GatheredFactoredAdam(FusedFactoredAdam):
         arithmetic: Arithmetic = "auto",
     ) -> None:
         self._bound, self._accumulate, self._processes = clip_norm, accumulate, processes
+        self._single = accumulate == 1 and (processes is None or processes.count == 1)
         self._sums: dict[str, torch.Tensor] = {}
         super().__init__(parameters, weight_decay=weight_decay, seed=seed, clip_norm=clip_norm, arithmetic=arithmetic)
 
@@ -54,7 +56,7 @@ class GatheredFactoredAdam(FusedFactoredAdam):
             gradient, parameter.grad = parameter.grad, None
             if gradient is None:
                 return
-            if self._accumulate == 1:
+            if self._single:
                 self._sums[slot.name] = gradient
             elif slot.name in self._sums:
                 self._sums[slot.name].add_(gradient, alpha=1 / self._accumulate)

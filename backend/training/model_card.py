@@ -40,11 +40,17 @@ def model_card(header: dict[str, Any]) -> str:
         "## Licences",
         "\n".join(f"- {name}: {licence}" for name, licence in sorted(header.get("licences", {}).items())),
         "## Origin",
-        f"Base `{header['base'].get('name', '')}`, sha256 `{header['base'].get('sha256', '')}`. Step {header.get('step', 'unknown')}, "
+        f"{_over(header)}`{header['base'].get('name', '')}`, sha256 `{header['base'].get('sha256', '')}`. Step {header.get('step', 'unknown')}, "
         f"{header['resolution']} px, identity model {header['identity_model']}. Configuration `{header.get('config_digest', '')}`, "
         f"commit `{header.get('git_commit', 'unknown')}`.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _over(header: dict[str, Any]) -> str:
+    if "lora" not in header:
+        return "Base "
+    return f"The file holds a LoRA of rank {header['lora']['rank']} and works over this base alone: "
 
 
 def _note(header: dict[str, Any]) -> str:

@@ -44,6 +44,11 @@ def of(train: TrainConfig) -> Preset:
     return PRESETS[train.preset]
 
 
+def sharded(train: TrainConfig, processes: int) -> bool:
+    """Whether several processes share one set of weights (FSDP) instead of holding one each: where everything learns in float32."""
+    return processes > 1 and of(train).adamw
+
+
 def out_of_memory(train: TrainConfig, error: BaseException) -> DeepHairError:
     """The error for a person when the device's memory ran out: what ran out, and the preset or setting to try next."""
     steps = []

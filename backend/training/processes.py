@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from torch import Tensor
 from backend.errors import UsageError
 
 BUCKET_BYTES = 64 * 2**20
+PATIENCE = timedelta(days=1)  # the others wait while the first encodes all photos; one that dies ends the rest at once, by its launcher
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,15 @@ class Processes:
         """Returns when every process has come here."""
         if self.count > 1:
             torch.distributed.barrier()
+
+    @contextlib.contextmanager
+    def first_one_first(self) -> Iterator[None]:
+        """The block runs in the first process, then in the others, which find there what it has written."""
+        if not self.is_main:
+            self.wait()
+        yield
+        if self.is_main:
+            self.wait()
 
     def any_of(self, flag: bool) -> bool:
         """Whether the flag is up in any process: all of them get one answer, and so stop together."""
@@ -84,6 +96,6 @@ def join_processes(device: str) -> Processes:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from accelerate import PartialState
 
-        state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+        state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=PATIENCE)
         return Processes(state.device, state.process_index, state.num_processes)
     return Processes(torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"))

@@ -6,7 +6,6 @@ Everything random is keyed by (seed, step): a run that was killed and resumed ha
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
 from typing import Any
@@ -15,13 +14,14 @@ import cv2
 import numpy as np
 import torch
 
-from backend import artifacts, console
+from backend import console
 from backend import weights as pretrained
 from backend.config import Config
 from backend.errors import UsageError
 from backend.imaging.decode import write_png
 from backend.training import checkpoints, presets
 from backend.training.data_processing.prompts import NEUTRAL_PROMPT
+from backend.training.device_memory import peak_gib
 from backend.training.keyed import batches
 from backend.training.lowmem import FusedFactoredAdam
 from backend.training.models.perceptual import load_perceptual
@@ -31,9 +31,11 @@ from backend.training.models.texture_encoder import load_texture_encoder
 from backend.training.prefetch import ahead
 from backend.training.prepared import Prepared, reference_candidates
 from backend.training.processes import Processes, join_processes
+from backend.training.sharding import gathered
 from backend.training.stage2_cache import CacheKey, build_latents, build_prompts
 from backend.training.stage2_data import Batch, Batches, Split
-from backend.training.stage2_files import FORMAT, LATEST, PREFIX, log_path, log_rows, texture_encoder_path
+from backend.training.stage2_files import FORMAT, LATEST, PREFIX, texture_encoder_path
+from backend.training.stage2_log import TrainingLog
 from backend.training.stage2_step import Stage2Step, build_optimizer, ready_for_training, weights_dtype
 from backend.training.stage2_weights import MovingAverage, checkpoint_tensors, restore, trained
 from backend.tryon import conditioning
@@ -60,9 +62,10 @@ class Stage2Run:
         prepared = Prepared(config.paths.processed)
         key = CacheKey.of(config, prepared, texture_encoder_path(config))
         prompts = {row["prompt"] for row in prepared.rows()} | {"", NEUTRAL_PROMPT}
-        self.prompts = build_prompts(config, prompts, key, device=self.device, dtype=_encoder_dtype(self.device))
-        self.vae = conditioning.load_vae(base, device=self.device, dtype=_encoder_dtype(self.device))
-        self.splits = self._build_splits(prepared, key)
+        with self.processes.first_one_first():
+            self.prompts = build_prompts(config, prompts, key, device=self.device, dtype=_encoder_dtype(self.device))
+            self.vae = conditioning.load_vae(base, device=self.device, dtype=_encoder_dtype(self.device))
+            self.splits = self._build_splits(prepared, key)
         self.schedule = scheduler_config(base)
         noising = NoiseSchedule(self.schedule)
         self.batches = Batches(config.train, self.splits, self.prompts, timesteps=noising.steps, device=self.device)
@@ -70,11 +73,13 @@ class Stage2Run:
         self.names: dict[torch.Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
         self.optimizer = build_optimizer(self.model, config.train, processes=self.processes)
         train = config.train
-        self.average = MovingAverage(trained(self.model), decay=train.ema, every=train.ema_every) if train.ema else None
+        keep = self.processes.is_main
+        self.average = MovingAverage(trained(self.model), decay=train.ema, every=train.ema_every, keep=keep) if train.ema else None
         perceptual = load_perceptual(config.paths.weights)[0].to(self.device) if config.train.texture_every else None
         self.train_step = Stage2Step(
             config, self.model, self.optimizer, noising, vae=self.vae, perceptual=perceptual, processes=self.processes
         )
+        self.log = TrainingLog(config, self.device, keep=self.processes.is_main)
         self.step, self.resumed_at = 0, -1
         self.loss_first: float | None = None
         self.loss_last: float | None = None
@@ -96,21 +101,22 @@ class Stage2Run:
         model = HairInpaintingUNet(load_unet(base / "unet", weights_dtype(train.preset)), train.style_tokens, train.injection)
         if train.start is not None:
             load_start(model, train.start)
-        return ready_for_training(model, train, self.device)
+        return ready_for_training(model, train, self.device, self.processes)
 
     # ---- the loop ----
 
     def train(self) -> None:
         """Runs from the current position to the last step."""
         train = self.config.train
-        count, size = len(self.splits["train"].latents), train.batch_size * train.accumulate * self.processes.count
+        count, size = len(self.splits["train"].latents), self._samples_per_step
         epoch_steps = max(1, math.ceil(count / size))
         progress = console.Progress("training", train.steps, unit="step")
         progress.start_at(self.step)
         stream = batches(count, size, train.seed, self.step, train.steps)
         # On a CPU a second thread of torch's takes the cores from the step itself: the demo took 129 s with it, 73 s without.
         workers = train.prefetch if self.device.type == "cuda" else 0
-        with contextlib.closing(ahead(self._drawn, stream, workers=workers)) as drawn, console.stop_requests() as stop:
+        drawing = ahead(self._drawn, stream, workers=workers)
+        with contextlib.closing(self.log), contextlib.closing(drawing) as drawn, console.stop_requests() as stop:
             while True:
                 last = self.step == train.steps
                 stopping = self.processes.any_of(stop.requested)
@@ -126,17 +132,17 @@ class Stage2Run:
                 if self.average is not None:
                     self.average.update(self.step)
                 if self.step % train.log_every == 0 or self.step == train.steps:
-                    self._log({"step": self.step, **parts, "samples_per_s": round(progress.rate() * size, 3)})
-                progress.update(note=f"loss {parts['loss']:.4f}")
+                    self.log.write({"step": self.step, **parts, "samples_per_s": round(progress.rate() * size, 3)})
+                progress.update(note=f"loss {parts['loss']:.4f}, {peak_gib(self.device):.1f} GiB")
 
     def _drawn(self, item: tuple[int, np.ndarray]) -> tuple[int, Batch]:
         step, indices = item
         return step, self.batches.batch("train", indices, step, rows=self.processes.rows(len(indices)))
 
     def _look_and_save(self, last: bool, epoch_steps: int, *, stopping: bool) -> None:
-        """What happens between steps, in the first process: evaluate, preview, save."""
+        """What happens between steps: evaluate, preview, save. The first process does it; the others help where weights are spread."""
         train = self.config.train
-        if not self.processes.is_main:
+        if not (self.processes.is_main or presets.sharded(train, self.processes.count)):
             return
         if self.step % train.validate_every == 0 or last:
             self._validate()
@@ -146,6 +152,11 @@ class Stage2Run:
             self._save(f"{PREFIX}_step_{self.step}")
         elif self.step and self.step % epoch_steps == 0:
             self._save(f"{PREFIX}_epoch_{self.step // epoch_steps}")
+
+    @property
+    def _samples_per_step(self) -> int:
+        """Of all processes together."""
+        return self.config.train.batch_size * self.config.train.accumulate * self.processes.count
 
     # ---- measuring ----
 
@@ -163,7 +174,7 @@ class Stage2Run:
         self.loss_last = total / (count * len(VALIDATION_TIMESTEPS))
         if self.loss_first is None:
             self.loss_first = self.loss_last
-        self._log({"step": self.step, "validation_loss": self.loss_last})
+        self.log.write({"step": self.step, "validation_loss": self.loss_last})
         logger.info("step %d: validation loss %.4f (%d photos of unseen heads)", self.step, self.loss_last, count)
 
     @torch.no_grad()
@@ -185,6 +196,8 @@ class Stage2Run:
             painted = sample(sampler, [head], batch.conditions, seeds=[seed], steps=steps, guidance=guidance)
             columns.append(np.vstack([photo, bald, conditioning.to_pictures(painted)[0]]))
         self.model.train()
+        if not self.processes.is_main:
+            return
         write_png(self.config.paths.checkpoints / "previews" / f"step_{self.step:07d}.png", np.hstack(columns))
 
     # ---- position ----
@@ -199,6 +212,12 @@ class Stage2Run:
                 f"{found.weights_path.name} was trained with other settings, data or Stage 1 encoder{_differences(found.header, self.config)}",
                 hint="restore those, or start over in a new folder: paths.checkpoints=FOLDER",
             )
+        size = self._samples_per_step
+        if (before := found.position.get("samples_per_step", size)) != size:
+            raise UsageError(
+                f"{found.weights_path.name} was trained with {before} samples per step, {self.processes.count} processes make it {size} now",
+                hint="start as many processes as before; with another number the run would take other samples",
+            )
         states = restore(self.model, self.average, found.weights, found.optimizer)
         if isinstance(self.optimizer, FusedFactoredAdam):
             self.optimizer.restore(states)
@@ -206,8 +225,7 @@ class Stage2Run:
             checkpoints.restore_optimizer(self.optimizer, self.names, states)
         self.step = self.resumed_at = int(found.position["step"])
         self.loss_first, self.loss_last = found.position["loss_first"], found.position["loss_last"]
-        if self.processes.is_main:
-            self._trim_log()
+        self.log.resume(self.step)
         logger.info("going on from %s", found.weights_path.name)
 
     def result(self) -> dict[str, Any]:
@@ -221,7 +239,10 @@ class Stage2Run:
             if isinstance(self.optimizer, FusedFactoredAdam)
             else checkpoints.optimizer_tensors(self.optimizer, self.names)
         )
-        weights, resume = checkpoint_tensors(self.model, self.average)
+        states = gathered(states, keep=self.processes.is_main)
+        weights, resume = checkpoint_tensors(self.model, self.average, keep=self.processes.is_main)
+        if not self.processes.is_main:
+            return
         header = {
             "format": FORMAT, "step": self.step, "run": self.digest, "config": config.resolved(), "unet_config": unet_config(self.model.unet),
             "style_tokens": config.train.style_tokens, "injection": config.train.injection,
@@ -230,23 +251,12 @@ class Stage2Run:
         }  # fmt: skip
         saved = checkpoints.save(
             folder, name, weights=weights, optimizer={**states, **resume},
-            position={"step": self.step, "loss_first": self.loss_first, "loss_last": self.loss_last}, header=header,
+            position={
+                "step": self.step, "loss_first": self.loss_first, "loss_last": self.loss_last, "samples_per_step": self._samples_per_step,
+            }, header=header,
         )  # fmt: skip
         checkpoints.link(saved, LATEST)
         checkpoints.prune(folder, PREFIX, config.train.keep)
-
-    def _log(self, row: dict[str, Any]) -> None:
-        if not self.processes.is_main:
-            return
-        path = log_path(self.config)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps(row, sort_keys=True) + "\n")
-
-    def _trim_log(self) -> None:
-        """Drops the lines of steps that a kill threw away; they come again."""
-        kept = [row for row in log_rows(self.config) if row["step"] <= self.step]
-        artifacts.write_text(log_path(self.config), "".join(json.dumps(r, sort_keys=True) + "\n" for r in kept))
 
 
 def _encoder_dtype(device: torch.device) -> torch.dtype:

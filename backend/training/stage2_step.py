@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from backend.config import Config, TrainConfig
 from backend.errors import DeepHairError
@@ -19,6 +20,7 @@ from backend.training.models.perceptual import PerceptualNet
 from backend.training.models.schedule import NoiseSchedule
 from backend.training.models.stage2_unet import HairInpaintingUNet, time_ids
 from backend.training.processes import Processes
+from backend.training.sharding import clip_grad_norm, shard
 from backend.training.stage2_data import Batch
 from backend.training.stage2_weights import choose_trained, trained
 from backend.tryon import conditioning
@@ -31,12 +33,19 @@ def weights_dtype(preset: str) -> torch.dtype:
     return torch.bfloat16 if presets.PRESETS[preset].bf16 else torch.float32
 
 
-def ready_for_training(model: HairInpaintingUNet, train: TrainConfig, device: torch.device) -> HairInpaintingUNet:
-    """The network in the preset's precision on the device, frozen where the preset does not train; the injector stays in float32."""
+def ready_for_training(
+    model: HairInpaintingUNet, train: TrainConfig, device: torch.device, processes: Processes | None = None
+) -> HairInpaintingUNet:
+    """The network in the preset's precision on the device, frozen where the preset does not train; the injector stays in float32.
+
+    processes: several spread the weights of a preset that is ``sharded`` over them.
+    """
     model.unet.to(weights_dtype(train.preset))
     choose_trained(model, train)
     if train.gradient_checkpointing:
         model.enable_gradient_checkpointing()
+    if processes is not None and presets.sharded(train, processes.count):
+        shard(model.unet, processes)
     return model.to(device).train()
 
 
@@ -56,11 +65,11 @@ def build_optimizer(model: nn.Module, train: TrainConfig, arithmetic: Arithmetic
             rates, weight_decay=train.weight_decay, seed=train.seed, clip_norm=train.clip_norm, accumulate=train.accumulate,
             processes=processes, arithmetic=arithmetic,
         )  # fmt: skip
-    groups: dict[float, list[nn.Parameter]] = {}
-    for _, parameter, rate in rates:
-        groups.setdefault(rate, []).append(parameter)
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter, rate in rates:  # the injector by itself: spread and other parameters do not go into one operation
+        groups.setdefault((rate, name.startswith("injector.")), []).append(parameter)
     return torch.optim.AdamW(
-        [{"params": parameters, "lr": rate, "base_lr": rate} for rate, parameters in groups.items()], weight_decay=train.weight_decay
+        [{"params": parameters, "lr": rate, "base_lr": rate} for (rate, _), parameters in groups.items()], weight_decay=train.weight_decay
     )
 
 
@@ -122,9 +131,9 @@ class Stage2Step:
             self.optimizer.end()
             return
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"] if parameter.grad is not None]
-        if self._processes is not None:
-            self._processes.average(parameter.grad for parameter in parameters)
-        torch.nn.utils.clip_grad_norm_(parameters, self.config.train.clip_norm)
+        if self._processes is not None:  # what is spread was averaged when it was gathered
+            self._processes.average(parameter.grad for parameter in parameters if not isinstance(parameter, DTensor))
+        clip_grad_norm(parameters, self.config.train.clip_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
         self.optimizer.step()

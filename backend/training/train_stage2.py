@@ -13,6 +13,7 @@ if __name__ == "__main__" and not __package__:  # run as a file: the checkout mu
     sys.path[0] = str(Path(__file__).resolve().parents[2])
     raise SystemExit(importlib.import_module("backend.training.train_stage2").main())
 
+import contextlib
 import logging
 import os
 import time
@@ -104,43 +105,28 @@ def train(config: Config, *, resume: bool = True) -> dict[str, Any]:
     processes = join_processes(config.device)
     cap_memory(processes.device, config.train.memory_fraction)
     try:
-        run = (
-            _run_first(config, processes, resume=resume, start=start)
-            if processes.is_main
-            else _run_beside(config, processes, resume=resume)
-        )
+        with artifacts.folder_lock(config.paths.checkpoints) if processes.is_main else contextlib.nullcontext():
+            if processes.is_main:
+                artifacts.remove_stale_temporaries(config.paths.checkpoints)
+                if not resume:
+                    _refuse_to_overwrite(config)
+            run = _run(config, processes, resume=resume)
+            result = {"seconds": round(time.monotonic() - start, 3), **run.result()}
+            if processes.is_main:
+                results.record(config, "train", result)
     except torch.OutOfMemoryError as error:
         raise presets.out_of_memory(config.train, error) from error
-    return {"seconds": round(time.monotonic() - start, 3), **run.result()}
+    return result
 
 
-def _run_first(config: Config, processes: Processes, *, resume: bool, start: float) -> Stage2Run:
-    """The only process, or the one that holds the folder, builds the caches, looks and saves."""
+def _run(config: Config, processes: Processes, *, resume: bool) -> Stage2Run:
+    """Builds the run and takes it to its end; all processes do so together, the first alone writes."""
     from backend.training.stage2_run import Stage2Run
 
-    with artifacts.folder_lock(config.paths.checkpoints):
-        artifacts.remove_stale_temporaries(config.paths.checkpoints)
-        run = Stage2Run(config, run_digest(config), processes)
-        if resume:
-            run.resume()
-        else:
-            _refuse_to_overwrite(config)
-        processes.wait()  # the caches are there
-        processes.wait()  # the others have read the checkpoint
-        run.train()
-        results.record(config, "train", {"seconds": round(time.monotonic() - start, 3), **run.result()})
-    return run
-
-
-def _run_beside(config: Config, processes: Processes, *, resume: bool) -> Stage2Run:
-    """A further process: it reads what the first prepared and writes nothing."""
-    from backend.training.stage2_run import Stage2Run
-
-    processes.wait()
     run = Stage2Run(config, run_digest(config), processes)
     if resume:
         run.resume()
-    processes.wait()
+    processes.wait()  # all have read the checkpoint that the first may prune
     run.train()
     return run
 

@@ -44,12 +44,16 @@ class PaintRequest:
 
 
 class Painter:
-    """The networks that paint, loaded once and shared; prompts are encoded once and remembered."""
+    """The networks that paint, loaded once and shared; prompts are encoded once and remembered.
+
+    The UNet computes in the device's precision, whatever it was trained in: what is evaluated and what is served are one.
+    """
 
     def __init__(self, model: HairInpaintingUNet, texture_encoder: TextureEncoder, config: Config, *, vae: Any = None) -> None:
         pretrained.require(config.paths.weights, "inpainting")
         self._device, dtype = device_and_dtype(config)
         inpainting = conditioning.inpainting_folder(config.paths.weights)
+        model.unet.to(dtype)
         self._texts = conditioning.TextEncoders(inpainting, device=self._device, dtype=dtype)
         self._remembered: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self.texture_encoder = texture_encoder.to(self._device)
@@ -67,8 +71,6 @@ class Painter:
     @classmethod
     def of_bundle(cls, bundle: Bundle, config: Config) -> Painter:
         """The painter of a deployed bundle."""
-        _, dtype = device_and_dtype(config)
-        bundle.model.unet.to(dtype)
         return cls(bundle.model, bundle.texture_encoder, config)
 
     def paint(

@@ -49,7 +49,7 @@ class TryOn:
                 f"no deployed model at {config.paths.bundle}",
                 hint="train and deploy one ('deephair run'), or 'make demo' for the miniature",
             )
-        bundle = load_bundle(config.paths.bundle)
+        bundle = load_bundle(config.paths.bundle, config.paths.weights)
         device, _ = device_and_dtype(config)
         return cls(
             config,

@@ -176,11 +176,12 @@ def load_start(model: HairInpaintingUNet, path: Path) -> None:
 
 
 def network_of(header: dict[str, Any]) -> HairInpaintingUNet:
-    """The network that the header of a checkpoint or bundle describes, with weights yet to be loaded.
+    """The network that the header of a checkpoint or bundle describes, on the meta device: its weights are yet to be assigned.
 
     Raises KeyError, TypeError or ValueError when it describes none.
     """
-    return HairInpaintingUNet(empty_unet(header["unet_config"]), int(header["style_tokens"]), header.get("injection", "appended"))
+    with torch.device("meta"):
+        return HairInpaintingUNet(empty_unet(header["unet_config"]), int(header["style_tokens"]), header.get("injection", "appended"))
 
 
 def empty_unet(config: dict[str, Any]) -> Any:
