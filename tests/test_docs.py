@@ -1,76 +1,184 @@
-"""What the pages on serving say: the curl examples run, and the container files hold what is promised of them."""
+"""What README and docs tell people to type works, or says what it needs; what they point to is there."""
 
 from __future__ import annotations
 
+import os
 import re
-import shutil
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-import yaml
-from PIL import Image
 
-from backend.app.problems import PROBLEMS
-from backend.app.uploads import JobOptions
+from backend import cli, weights
 from backend.config import REPO_ROOT, known_keys
-from backend.tryon.values import TryOnResult
-from tests.app_standin import StandIn, app_config, composite, decoded, picture, png, serving
+from tests.documents import NEEDS, Block, blocks, command_of, documents, inline_commands
 
-API = (REPO_ROOT / "docs/api.md").read_text(encoding="utf-8")
-SERVING = (REPO_ROOT / "docs/serving.md").read_text(encoding="utf-8")
-DOCKER = REPO_ROOT / "docker"
-
-
-@pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl on this machine")
-def test_the_examples_of_the_api_page_run_in_their_order(tmp_path: Path) -> None:
-    examples = re.findall(r"```sh\n(.*?)```", API, re.DOTALL)
-    assert len(examples) >= 8
-    Image.fromarray(picture(120, 160, seed=1)).save(tmp_path / "me.jpg")
-    (tmp_path / "hairstyle.jpg").write_bytes(png(seed=2))
-    engine = StandIn()
-    with serving(app_config(tmp_path, gallery=tmp_path), engine) as live:
-        # the page's reader fetches the result when the stream has ended; so does this script
-        script = "set -euo pipefail\n" + "\n".join(examples).replace("http://127.0.0.1:8000", f"http://127.0.0.1:{live.port}")
-        done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        for job in re.findall(r'"id":"([^"]+)"', done.stdout):
-            live.wait(job)
-    first: TryOnResult = composite(engine.seen[0])
-    assert (decoded((tmp_path / "result.png").read_bytes()) == first.image).all() and (tmp_path / "changed.png").is_file()
-    assert "event: progress" in done.stdout and "hairstyle.jpg" in done.stdout
-    assert [(seen.mode, seen.strength) for seen in engine.seen] == [("full", 1.0), ("full", 0.8), ("colour", 1.0)]
+BLOCKS = [block for path in documents() for block in blocks(path)]
+RUN = [block for block in BLOCKS if not block.mark]
+LONG = [block for block in BLOCKS if block.mark == "takes long"]
+COMMANDS = [block for block in BLOCKS if block.mark != "none" and block.fence in (None, "", "sh", "bash")]
+_PLACEHOLDER = re.compile(r"^[A-Z_]{2,}(\.\.\.)?$|ID$")
 
 
-def test_the_pages_name_every_field_problem_and_setting() -> None:
-    for field in JobOptions.model_fields:
-        assert f"`{field}`" in API, field
-    for code in set(PROBLEMS) - {"internal"}:
-        assert f"`{code}`" in API, code
-    settings = set(re.findall(r"`((?:app|sample)\.\w+)`", SERVING))
-    assert settings >= {key for key in known_keys() if key.startswith("app.")} and settings <= set(known_keys())
+def _ids(chosen: list[Block]) -> list[str]:
+    return [block.name for block in chosen]
 
 
-@pytest.mark.parametrize("name", ["Dockerfile.cpu", "Dockerfile.cuda"])
-def test_an_image_runs_as_nobody_in_particular_and_installs_what_is_locked(name: str) -> None:
-    lines = [line for line in (DOCKER / name).read_text().splitlines() if line and not line.startswith("#")]
-    final = lines[max(i for i, line in enumerate(lines) if line.startswith("FROM ")) :]
-    assert [line for line in final if line.startswith("USER ")] == ["USER deephair"]
-    assert not any(line.startswith("COPY") for line in final[final.index("USER deephair") :])  # code is root's
-    text = "\n".join(lines)
-    assert "--require-hashes -r requirements.lock" in text and "ADD " not in text and "http://" not in text.replace("http://127.0.0.1", "")
-    for source in re.findall(r"^COPY (?!--from)(.*) \S+$", text, re.MULTILINE):
-        assert all((REPO_ROOT / part).exists() for part in source.split())
-    assert f"device={'cuda' if name.endswith('cuda') else 'cpu'}" in lines[-1]
+def _run(block: Block) -> None:
+    """Runs a block's lines one by one in the checkout, as a person in it would, with nothing to connect to."""
+    own = str(Path(sys.executable).parent)
+    environment = {**os.environ, "PATH": f"{own}{os.pathsep}{os.environ['PATH']}", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    for command in block.commands:
+        here = command.replace(".venv/bin/", f"{own}/")
+        done = subprocess.run(here, shell=True, cwd=REPO_ROOT, capture_output=True, text=True, check=False, env=environment)
+        assert done.returncode == 0, f"{block.name}: {command}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
 
 
-def test_the_composition_is_a_private_redis_and_two_read_only_workers() -> None:
-    services = yaml.safe_load((DOCKER / "compose.yaml").read_text())
-    workers = [services["services"][name] for name in ("worker1", "worker2")]
-    for service in services["services"].values():
-        assert service["read_only"] and service["cap_drop"] == ["ALL"] and service["security_opt"] == ["no-new-privileges:true"]
-    assert services["networks"]["queue"]["internal"] and "ports" not in services["services"]["redis"]
-    for worker in workers:
-        assert "app.queue=redis://redis:6379/0" in worker["command"] and all(port.startswith("127.0.0.1:") for port in worker["ports"])
-        assert all(volume.endswith(":ro") for volume in worker["volumes"])
-    assert "always" in services["services"]["redis"]["command"]  # an accepted job survives a power cut
+@pytest.mark.parametrize("block", RUN, ids=_ids(RUN))
+def test_a_block_without_a_mark_runs_as_it_stands(block: Block) -> None:
+    assert block.fence in (None, "", "sh", "bash"), f"{block.name}: a {block.fence} block is no command; mark it"
+    _run(block)
+
+
+@pytest.mark.long  # full benchmarks and plans of the largest networks
+@pytest.mark.parametrize("block", LONG, ids=_ids(LONG))
+def test_a_block_that_takes_long_runs_as_it_stands(block: Block) -> None:
+    _run(block)
+
+
+@pytest.mark.parametrize("block", [block for block in BLOCKS if block.mark], ids=_ids([block for block in BLOCKS if block.mark]))
+def test_a_mark_says_what_is_needed_or_which_test_covers_the_block(block: Block) -> None:
+    kind, _, rest = block.mark.partition(" ")
+    if kind == "needs":
+        assert all(need in NEEDS for need in rest.split(" and ")), f"{block.name}: '{rest}', known are {', '.join(NEEDS)}"
+    elif block.mark.startswith("covered by "):
+        for place in block.mark.removeprefix("covered by ").split(", "):
+            file, _, test = place.partition("::")
+            source = REPO_ROOT / file
+            assert source.is_file() and re.search(rf"^def {re.escape(test)}\(", source.read_text(), re.MULTILINE), (
+                f"{block.name}: no {place}"
+            )
+    else:
+        assert block.mark in ("takes long", "none"), f"{block.name}: '{block.mark}' is no mark, see tests/documents.py"
+
+
+def _complain(command: str) -> str:
+    """What is wrong with a command that is not run; empty where nothing is."""
+    words = [word for word in shlex.split(command, comments=True) if word]
+    while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
+        words = words[1:]
+    name = words[0].removeprefix(".venv/bin/")
+    if name == "make":
+        targets = set(re.findall(r"^([a-z-]+):", (REPO_ROOT / "Makefile").read_text(), re.MULTILINE))
+        return "" if {word for word in words[1:] if "=" not in word} <= targets else "no such target"
+    if name in ("python", "bash", "torchrun", "accelerate"):
+        if "-m" in words:
+            module = words[words.index("-m") + 1]
+            return (
+                "" if (REPO_ROOT / (module.replace(".", "/") + ".py")).is_file() or not module.startswith("backend") else "no such module"
+            )
+        scripts = [word for word in words[1:] if word.endswith((".py", ".sh"))]
+        return "" if all((REPO_ROOT / script).is_file() for script in scripts) else "no such script"
+    return _complain_of_verb(words[1:]) if name == "deephair" else ""
+
+
+def _complain_of_verb(words: list[str]) -> str:
+    keys = [word.partition("=")[0] for word in words if re.match(r"^[a-z_.]+=", word)]
+    if unknown := [key for key in keys if key not in known_keys()]:
+        return f"unknown setting {unknown[0]}"
+    if words and "|" in words[-1]:  # 'models list|download|verify' stands for three
+        return next(filter(None, (_complain_of_verb([*words[:-1], one]) for one in words[-1].split("|"))), "")
+    try:
+        cli.build_parser().parse_args(words) if not cli._has_intermixed(words) else cli._parse_intermixed(cli.build_parser(), words)
+    except SystemExit as error:
+        return "" if error.code == 0 else "deephair does not take these words"
+    return ""
+
+
+@pytest.mark.parametrize("block", COMMANDS, ids=_ids(COMMANDS))
+def test_every_command_names_verbs_options_settings_and_files_that_exist(block: Block, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in block.commands:
+        wrong = _complain(command)
+        assert not wrong, f"{block.name}: {command}: {wrong} {capsys.readouterr().err}"
+
+
+@pytest.mark.parametrize("path", documents(), ids=lambda path: path.name)
+def test_commands_in_running_text_exist_too(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for line, command in inline_commands(path):
+        words = command_of(command).split()
+        wrong = _complain(f"{command} --help" if words[0].endswith("deephair") and len(words) == 2 else command_of(command))  # a bare verb
+        assert not wrong, f"{path.name}:{line}: {command}: {wrong} {capsys.readouterr().err}"
+
+
+@pytest.mark.parametrize("path", documents(), ids=lambda path: path.name)
+def test_links_lead_to_files_and_headings_that_are_there(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8")):
+        if target.startswith(("http://", "https://", "mailto:")):
+            continue
+        file, _, anchor = target.partition("#")
+        page = (path.parent / file).resolve() if file else path
+        assert page.exists(), f"{path.name}: {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+            known = {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+            assert anchor in known, f"{path.name}: {target}; known are {sorted(known)}"
+
+
+def test_readme_s_tree_names_what_is_there() -> None:
+    """Every file and folder of the tree exists, and every folder of the checkout with code in it is in the tree."""
+    tree = next(block for block in BLOCKS if block.file == "README.md" and any(line.startswith("backend/") for line in block.text))
+    said = "\n".join(tree.text)
+    for name in re.findall(r"\b[a-z_0-9]+\.(?:py|sh|yaml|toml|lock)\b", said):
+        assert list(REPO_ROOT.glob(f"*/{name}")) or list(REPO_ROOT.glob(f"backend/**/{name}")) or (REPO_ROOT / name).is_file(), name
+    folders = {path.parent.name for path in (REPO_ROOT / "backend").glob("*/__init__.py")} | {
+        "configs",
+        "benchmarks",
+        "docs",
+        "tests",
+        "notebooks",
+    }
+    assert {name for name in folders if f"{name}/" not in said} == set()
+
+
+def test_the_model_card_s_template_has_the_headings_that_are_written() -> None:
+    from backend.training.model_card import model_card
+
+    written = model_card({"gate": {}, "metrics": {}, "base": {}, "resolution": 1024, "identity_model": "adaface"})
+    template = (REPO_ROOT / "docs/model-card.md").read_text(encoding="utf-8")
+    assert re.findall(r"^## (.+)$", template, re.MULTILINE) == re.findall(r"^## (.+)$", written, re.MULTILINE)
+
+
+def test_every_pretrained_part_stands_on_the_pages_of_models_and_licences() -> None:
+    for page in ("docs/models.md", "docs/licences.md"):
+        said = (REPO_ROOT / page).read_text(encoding="utf-8")
+        assert [part.name for part in weights.PARTS if f"`{part.name}`" not in said] == [], page
+
+
+def test_make_demo_and_make_serve_call_verbs_with_a_configuration_that_is_there() -> None:
+    """What the two first commands of README do, line by line; the stages of configs/demo.yaml and the server run in tests of their own."""
+    said = subprocess.run(["make", "-n", "demo", "serve"], cwd=REPO_ROOT, capture_output=True, text=True, check=True).stdout
+    lines = [line for line in said.splitlines() if "/deephair " in line]
+    assert [line.split("/deephair ")[1].split()[0] for line in lines] == ["demo-data", "run", "serve"]
+    for line in lines:
+        words = shlex.split(line.split("/deephair ")[1].split(";")[0])
+        assert not _complain_of_verb(words) and (REPO_ROOT / words[words.index("--config") + 1]).is_file(), line
+
+
+def test_a_block_that_cannot_run_fails_and_its_mark_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "text\n\n    deephair dance    a verb that is not there\n\n<!-- commands: needs a card -->\n    deephair train train.lr=1\n"
+        "    deephair export\n\ntext `deephair run` text\n- item\n    no block\n\n```sh\nmake \\\n  demo\n```\n"
+    )
+    monkeypatch.setattr("tests.documents.REPO_ROOT", tmp_path)
+    first, second, third = blocks(page)
+    assert (first.commands, first.mark, first.line) == (["deephair dance"], "", 3)
+    assert (second.commands, second.mark, second.line) == (["deephair train train.lr=1", "deephair export"], "needs a card", 6)
+    assert (third.commands, third.fence) == (["make    demo"], "sh") or third.commands[0].split() == ["make"]
+    assert list(inline_commands(page)) == [(9, "deephair run")]
+    with pytest.raises(AssertionError, match="deephair dance"):
+        _run(first)
+    assert _complain("deephair train trian.lr=1") and _complain("make dance") and _complain("python benchmarks/none.py")
+    assert not _complain("HF_ENDPOINT=https://MIRROR .venv/bin/deephair models download all")

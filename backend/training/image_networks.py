@@ -20,6 +20,7 @@ from backend import weights as pretrained
 from backend.config import EvaluateConfig
 from backend.errors import InvalidArtifactError
 from backend.training.models.perceptual import LpipsNet, load_alex
+from backend.weights_load import load_network
 
 Picture = NDArray[np.uint8]
 FIGURES = {"lpips_alex": ("lpips_alex",), "clip_image": ("clip_i", "fid_clip"), "dino": ("dino_hair",), "fid_inception": ("fid",)}
@@ -33,11 +34,11 @@ class ImageEncoder(nn.Module):
         from transformers import AutoImageProcessor, CLIPVisionModelWithProjection, Dinov2Model
 
         model: Any = CLIPVisionModelWithProjection if kind == "clip_image" else Dinov2Model
+        self.model = load_network(model, folder, "the network").eval().requires_grad_(False)
         try:
-            self.model = model.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval().requires_grad_(False)
             self._processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise InvalidArtifactError(f"the network in {folder} cannot be loaded as {model.__name__}: {error}") from error
+        except (OSError, ValueError) as error:
+            raise InvalidArtifactError(f"the preprocessing in {folder} cannot be read: {error}") from error
         self.num_features = int(self.model.config.projection_dim if kind == "clip_image" else self.model.config.hidden_size)
 
     @torch.inference_mode()

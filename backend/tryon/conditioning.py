@@ -17,6 +17,7 @@ from backend.errors import InvalidArtifactError
 from backend.imaging import bald, crop, masks, structure
 from backend.training.models.stage2_unet import IDENTITY_WIDTH, Conditions
 from backend.training.models.texture_encoder import TextureEncoder
+from backend.weights_load import load_network
 
 TOKENS = 77
 
@@ -89,12 +90,12 @@ class TextEncoders:
             self._tokenizers = [
                 CLIPTokenizer.from_pretrained(inpainting / name, local_files_only=True) for name in ("tokenizer", "tokenizer_2")
             ]
-            self._encoders = [
-                kind.from_pretrained(inpainting / name, dtype=dtype, local_files_only=True, use_safetensors=True).to(device).eval()
-                for kind, name in ((CLIPTextModel, "text_encoder"), (CLIPTextModelWithProjection, "text_encoder_2"))
-            ]
-        except (OSError, ValueError, RuntimeError) as error:
-            raise InvalidArtifactError(f"the text encoders in {inpainting} cannot be loaded: {error}") from error
+        except (OSError, ValueError) as error:
+            raise InvalidArtifactError(f"the tokenizers in {inpainting} cannot be read: {error}") from error
+        self._encoders = [
+            load_network(kind, inpainting / name, "the text encoder", dtype=dtype).to(device).eval()
+            for kind, name in ((CLIPTextModel, "text_encoder"), (CLIPTextModelWithProjection, "text_encoder_2"))
+        ]
         self._device = device
 
     @torch.no_grad()
@@ -115,11 +116,7 @@ def load_vae(inpainting: Path, *, device: torch.device, dtype: torch.dtype) -> A
 
     if dtype == torch.float16:
         raise ValueError("SDXL's VAE overflows in float16; use bfloat16 or float32")
-    try:
-        vae = AutoencoderKL.from_pretrained(inpainting / "vae", torch_dtype=dtype, local_files_only=True, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InvalidArtifactError(f"the VAE in {inpainting / 'vae'} cannot be loaded: {error}") from error
-    return vae.to(device).eval().requires_grad_(False)
+    return load_network(AutoencoderKL, inpainting / "vae", "the VAE", torch_dtype=dtype).to(device).eval().requires_grad_(False)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from backend import weights as pretrained
 from backend.errors import InvalidArtifactError
+from backend.weights_load import load_network
 
 
 class HairParser:
@@ -21,13 +22,11 @@ class HairParser:
 
         pretrained.require(weights, "face_parser")
         folder = pretrained.folder(weights, "face_parser")
+        self._model = load_network(SegformerForSemanticSegmentation, folder, "the face parser", dtype=torch.float32)
         try:
-            self._model = SegformerForSemanticSegmentation.from_pretrained(
-                folder, dtype=torch.float32, local_files_only=True, use_safetensors=True
-            )
             self._processor = SegformerImageProcessor.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise InvalidArtifactError(f"the face parser in {folder} cannot be loaded: {error}") from error
+        except (OSError, ValueError) as error:
+            raise InvalidArtifactError(f"the face parser's preprocessing in {folder} cannot be read: {error}") from error
         ids = [number for number, label in self._model.config.id2label.items() if label.lower() == "hair"]
         if len(ids) != 1:
             raise InvalidArtifactError(f"the face parser in {folder} has {len(ids)} classes named 'hair'; exactly one is needed")

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from backend import weights as pretrained
-from backend.errors import InvalidArtifactError
+from backend.weights_load import load_network
 
 
 def load_controlnet(weights: Path, *, device: torch.device, dtype: torch.dtype) -> Any:
@@ -18,11 +18,7 @@ def load_controlnet(weights: Path, *, device: torch.device, dtype: torch.dtype) 
 
     pretrained.require(weights, "controlnet")
     folder = pretrained.folder(weights, "controlnet")
-    try:
-        model = ControlNetModel.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InvalidArtifactError(f"the ControlNet in {folder} cannot be loaded: {error}") from error
-    return model.to(device).eval().requires_grad_(False)
+    return load_network(ControlNetModel, folder, "the ControlNet", torch_dtype=dtype).to(device).eval().requires_grad_(False)
 
 
 class SteeredUNet(nn.Module):

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from backend import artifacts
 from backend.errors import InvalidArtifactError
 from backend.training.models.decoupled import decouple
+from backend.weights_load import load_network
 
 STYLE_WIDTH = 2048  # the Stage 1 embedding
 IDENTITY_WIDTH = 512
@@ -151,10 +152,7 @@ def load_unet(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """The base UNet of a diffusers folder, on the CPU, with 9 input channels. Raises InvalidArtifactError when it is no SDXL UNet."""
     from diffusers import UNet2DConditionModel
 
-    try:
-        unet = UNet2DConditionModel.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InvalidArtifactError(f"the UNet in {folder} cannot be loaded: {error}") from error
+    unet = load_network(UNet2DConditionModel, folder, "the UNet", torch_dtype=dtype)
     _require_sdxl(unet.config, folder)
     return widen_conv_in(unet)
 
