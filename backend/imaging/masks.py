@@ -74,7 +74,7 @@ class Silhouette:
     face_box: Box | None
 
 
-BORROWED = 3  # silhouettes joined to each training region
+BORROWED = 4  # silhouettes joined to each training region
 FRINGES = 1  # of those, how many also cover the face where they lie on it
 
 
