@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from backend.demo.portraits import (
     sample_identity,
     sample_scene,
 )
+from backend.training.training_face import is_blurred
 
 HEADS, VIEWS, SIZE = 4, 6, 128
 
@@ -46,6 +48,12 @@ def filled(rings: list[NDArray[np.float32]], size: int) -> NDArray[np.uint8]:
 
 def iou(a: NDArray[Any], b: NDArray[Any]) -> float:
     return float(np.logical_and(a, b).sum() / np.logical_or(a, b).sum())
+
+
+def filed(picture: NDArray[np.uint8], quality: int = 84) -> NDArray[np.uint8]:
+    """The picture after JPEG."""
+    _, encoded = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, quality])
+    return cv2.imdecode(encoded, cv2.IMREAD_COLOR).astype(np.uint8)
 
 
 # ---- people ----
@@ -318,3 +326,15 @@ def test_classes_are_balanced_over_the_demo_heads() -> None:
     assert cells.max() - cells.min() <= 1
     assert intact.min() > 0 and before.min() > 0  # no class is told by an intact face or a photo from before
     assert len({source.hair.colour for source in sources}) == 9
+
+
+@pytest.mark.parametrize(("size", "seeds"), [(512, range(70, 74)), (1024, [78])])
+def test_a_blurred_face_is_told_from_an_intact_one(size: int, seeds: Sequence[int]) -> None:
+    for seed in seeds:
+        drawn = person(seed, (0, 30, -30, 60)[seed % 4], size, bangs=("none", "see_through", "full")[seed % 3])
+        ring = khairstyle_set.face_ring(drawn)
+        assert ring is not None
+        face = filled([ring], size) * np.uint8(255)
+        hair = filled(mask_rings(drawn.parsing == HAIR, size / 320), size) * np.uint8(255)  # as coarse as a label's polygon
+        assert not is_blurred(filed(drawn.image), face, hair), seed
+        assert is_blurred(filed(blur_face(drawn.image, ring)), face, hair), seed

@@ -18,9 +18,12 @@ from .traits import Hairstyle, Identity
 
 STEP = 0.09
 STANDOFF = (0.045, 0.13, 0.27)
-WAVELENGTH = (2.4, 0.86, 0.42, 0.135)
-AMPLITUDE = (0.008, 0.115, 0.095, 0.055)
-SHORT_WAVE = (1.0, 0.66, 0.62, 0.8)  # short hair shows its curl over fewer centimetres
+WAVELENGTH = (2.4, 1.4, 0.58, 0.24)
+AMPLITUDE = (0.008, 0.21, 0.155, 0.075)
+STANDS_OFF = (0.9, 1.0, 1.2, 1.45)  # the tighter the curl, the further the mass of hair stands off the head
+CLUMPS = (0, 70, 110, 330)
+"""How many clumps wave in step, over the whole head. A curl is drawn large, so that it can be seen at the miniature's 128 pixels."""
+SHORT_WAVE = (1.0, 0.44, 0.6, 0.8)  # short hair shows its curl over fewer centimetres
 _TIE = np.array([0.0, 0.02, -1.10], np.float32)
 
 
@@ -85,7 +88,7 @@ def _plant(who: Identity, style: Hairstyle, head: HeadSurface, rng: np.random.Ge
     bang = (np.abs(lon) < 47) & (margin < 24) & (style.bangs != "none") & (not style.tied or style.bangs != "side_swept")
     layer = rng.random(n).astype(np.float32)
     length, end = _lengths(style, root, bang, rng)
-    standoff = STANDOFF[style.volume] * (0.22 + 0.78 * layer)
+    standoff = STANDOFF[style.volume] * STANDS_OFF[style.curl] * (0.22 + 0.78 * layer)
     standoff = np.where(bang, np.minimum(standoff, 0.05 + 0.05 * layer), standoff)
     comb, hold = _combing(style, root, side, bang, rng)
     keep = np.ones(n, bool)
@@ -265,8 +268,9 @@ def _locks(paths: Array, counts: Array, g: _Guides, style: Hairstyle, rng: np.ra
     mix = (index - low)[..., None]
     points = paths[owner[:, None], low] * (1 - mix) + paths[owner[:, None], low + 1] * mix
     arc = index * STEP
+    clump = _clumps(g, style, rng)[owner]
     points = points + _scatter(g, owner, arc, style, rng)
-    bend, relief = _curl(points, arc, g.root[owner], owner, len(paths), style, rng)
+    bend, relief = _curl(points, arc, g.root[owner], clump, style, rng)
     points = points + bend
     by_lock, by_strand = ((0.10, 0.12), (0.10, 0.10), (0.16, 0.08), (0.06, 0.16))[style.curl]
     # fine hair lies smooth, thick hair parts into heavy locks with shadow between them
@@ -275,6 +279,21 @@ def _locks(paths: Array, counts: Array, g: _Guides, style: Hairstyle, rng: np.ra
     accent = rng.random(len(paths))[owner] < (0.25 if style.colour == "two-tone" else 0.22)
     layer = np.clip(g.layer[owner] + rng.uniform(-0.15, 0.15, n), 0, 1).astype(np.float32)
     return Strands(points.astype(np.float32), arc, layer, np.clip(shade, 0.55, 1.6), relief, accent, lengths * STEP)
+
+
+def _clumps(g: _Guides, style: Hairstyle, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Number of the clump that each guide belongs to: neighbours on the scalp. Straight hair has a clump for every guide."""
+    n = len(g.root)
+    if not style.curl:
+        return np.arange(n)
+    clump, first = np.empty(n, np.int64), 0
+    kinds = g.bang + 2 * (g.side > 0)  # neither a fringe nor the two sides of a parting wave together
+    for kind in np.unique(kinds):
+        members = np.flatnonzero(kinds == kind)
+        centres = g.root[rng.choice(members, max(1, round(CLUMPS[style.curl] * len(members) / n)), replace=False)]
+        clump[members] = first + ((g.root[members][:, None] - centres[None]) ** 2).sum(axis=2).argmin(axis=1)
+        first += len(centres)
+    return clump
 
 
 def _scatter(g: _Guides, owner: NDArray[np.int64], arc: Array, style: Hairstyle, rng: np.random.Generator) -> Array:
@@ -291,21 +310,21 @@ def _scatter(g: _Guides, owner: NDArray[np.int64], arc: Array, style: Hairstyle,
 
 
 def _curl(
-    points: Array, arc: Array, root: Array, owner: NDArray[np.int64], guides: int, style: Hairstyle, rng: np.random.Generator
+    points: Array, arc: Array, root: Array, clump: NDArray[np.int64], style: Hairstyle, rng: np.random.Generator
 ) -> tuple[Array, Array]:
     """Displacement (N, P, 3) of the strand's own shape (flat waves for class 1, helices for 2 and 3) and its relief (N, P)."""
-    n = len(points)
+    n, clumps = len(points), int(clump.max()) + 1
     cropped = style.length in ("men", "women_short")
     short = 0.82 if cropped else 1.0
     wavelength = (
         WAVELENGTH[style.curl]
         * (SHORT_WAVE[style.curl] if cropped else 1.0)
-        * (1 + 0.12 * rng.normal(size=guides)[owner] + 0.03 * rng.normal(size=n))
+        * (1 + 0.12 * rng.normal(size=clumps)[clump] + 0.03 * rng.normal(size=n))
     )
     amplitude = AMPLITUDE[style.curl] * short * rng.uniform(0.8, 1.2, n)
     coherent = 3.0 * root[:, 0] + 2.0 * root[:, 1]
-    own = rng.uniform(0, 2 * np.pi, guides)[owner]
-    loose = rng.normal(0, (1.5, 0.25, 0.30, 1.1)[style.curl], n)
+    own = rng.uniform(0, 2 * np.pi, clumps)[clump]
+    loose = rng.normal(0, (1.5, 0.2, 0.25, 0.4)[style.curl], n)
     phase = (coherent + 0.5 * np.sin(own) if style.curl == 1 else own) + loose
     tangent = np.gradient(points, axis=1)
     tangent /= np.maximum(np.linalg.norm(tangent, axis=2, keepdims=True), 1e-6)

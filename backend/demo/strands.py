@@ -101,10 +101,12 @@ def _shade(
     nape = 1 - 0.35 * np.clip((-0.45 - middle[:, 1]) / 0.6, 0, 1) * (1 - layer)
     root = 0.72 + 0.28 * np.clip(arc / 0.4, 0, 1)
     energy = (scene.ambient + scene.strength * across * (0.30 + 0.85 * lit)) * (0.55 + 0.45 * layer) * nape * root * jitter
-    energy *= 1 + 0.42 * strands.relief[strand, first + run // 2]
+    relief = strands.relief[strand, first + run // 2]
+    energy *= 1 + 0.85 * relief
     base = _pigment(strands, style, strand, arc)
     gloss = (30 + 0.40 * base) * (sheen * scene.strength * (0.5 + 0.5 * layer))[:, None]
-    return base * (1.12 * energy)[:, None] + gloss
+    glint = 80 * np.maximum(relief, 0) ** 3 * lit * scene.strength * (0.3 + 0.7 * layer)  # the crest of a curl catches the light
+    return base * (1.12 * energy)[:, None] + gloss + glint[:, None]
 
 
 def _unit(vectors: Array) -> Array:

@@ -34,7 +34,7 @@ from backend.weights import folder
 CUTS_PER_PHOTO = 3  # differently cut, with a hole of their own
 _TOGETHER = 16  # photos cut and encoded at once
 POOL = 96  # photos whose hair the holes borrow
-UNET = train_loop.Schedule(steps=8000, batch_size=16, lr=6e-4, photos=1536, warmup=200, average=0.998, save_every=250)
+UNET = train_loop.Schedule(steps=12000, batch_size=16, lr=6e-4, photos=1536, warmup=200, average=0.998, save_every=250)
 UNET_LONG = train_loop.Schedule(steps=6000, batch_size=192, lr=1e-3, photos=6144, warmup=300, average=0.999, save_every=500)
 CONTROLNET = train_loop.Schedule(steps=600, batch_size=16, lr=5e-4, photos=1536, warmup=50, average=0.99, save_every=200)
 CONTROLNET_LONG = train_loop.Schedule(steps=3000, batch_size=128, lr=5e-4, photos=6144, warmup=200, average=0.998, save_every=500)

@@ -19,7 +19,7 @@ from backend.demo.training_data import VIEWS_PER_HEAD, Photo, Photos, relight
 from backend.training import keyed
 
 SCHEDULE = train_loop.Schedule(
-    steps=2400, batch_size=64, lr=1.5e-3, photos=3072, warmup=100, weight_decay=5e-2, average=0.995, save_every=100
+    steps=3600, batch_size=64, lr=1.5e-3, photos=3072, warmup=100, weight_decay=5e-2, average=0.995, save_every=100
 )
 LONG = train_loop.Schedule(steps=3000, batch_size=128, lr=2e-3, photos=6144, warmup=200, weight_decay=5e-2, average=0.998, save_every=500)
 MAX_YAW = 60.0
@@ -58,23 +58,42 @@ def train(place: train_loop.Workplace) -> dict[str, Any]:
 def _batch(photos: Photos, usable: list[int], size: int, seed: int, step: int) -> train_loop.Batch:
     rng = keyed.numpy_generator(seed, "identity", step)
     chosen = [usable[int(k)] for k in rng.integers(len(usable), size=size)]
-    faces = torch.from_numpy(np.stack([network_input(aligned_face(photos[k], rng)) for k in chosen]))
-    return {"faces": faces, "labels": torch.tensor([k // VIEWS_PER_HEAD for k in chosen])}
+    others, worn = rng.integers(len(usable), size=size), rng.random(size) < 0.6
+    wearing = [photos[usable[int(k)]] if wears else None for k, wears in zip(others, worn, strict=True)]
+    faces = [network_input(aligned_face(photos[k], rng, hair)) for k, hair in zip(chosen, wearing, strict=True)]
+    return {"faces": torch.from_numpy(np.stack(faces)), "labels": torch.tensor([k // VIEWS_PER_HEAD for k in chosen])}
 
 
-def aligned_face(photo: Photo, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """The face as the product aligns it, with detector-like noise on its landmarks and another light: (112, 112, 3) uint8 RGB."""
+def aligned_face(photo: Photo, rng: np.random.Generator, hair_of: Photo | None = None) -> NDArray[np.uint8]:
+    """The face as the product aligns it, with detector-like noise on its landmarks and another light: (112, 112, 3) uint8 RGB.
+
+    hair_of: whose hair it wears instead of its own. A try-on changes the hair, so hair must not be what a person is known by.
+    """
     assert photo.landmarks is not None and photo.box is not None
     size = float(max(photo.box[2:] - photo.box[:2]))
     landmarks = photo.landmarks + rng.normal(0, 0.015 * size, (5, 2)).astype(np.float32)
-    face, _ = face_alignment(photo.image, landmarks, image_size=(IDENTITY_SIDE, IDENTITY_SIDE))
-    face = relight(np.ascontiguousarray(face), rng)
+    face, own = _aligned(photo, landmarks)
+    if hair_of is not None:
+        assert hair_of.landmarks is not None
+        other, worn = _aligned(hair_of, hair_of.landmarks)
+        if own.any() and not own.all():
+            face[own] = face[~own].mean(axis=0)
+        face[worn] = other[worn]
+    face = relight(face, rng)
     if rng.random() < 0.5:  # as small as a face is in a head crop of 128 px
         small = int(rng.integers(24, 80))
         face = cv2.resize(cv2.resize(face, (small, small), interpolation=cv2.INTER_AREA), (IDENTITY_SIDE, IDENTITY_SIDE))
     if rng.random() < 0.3:
         _cover(face, rng)
     return face if rng.random() < 0.5 else np.ascontiguousarray(face[:, ::-1])
+
+
+def _aligned(photo: Photo, landmarks: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """The aligned face and where in it hair lies."""
+    side = (IDENTITY_SIDE, IDENTITY_SIDE)
+    face, _ = face_alignment(photo.image, landmarks, image_size=side)
+    hair, _ = face_alignment(photo.hair(), landmarks, image_size=side)
+    return np.ascontiguousarray(face), hair > 127
 
 
 def network_input(face: NDArray[np.uint8]) -> NDArray[np.float32]:

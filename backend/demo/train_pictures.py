@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-PARSER = train_loop.Schedule(steps=3600, batch_size=12, lr=1.5e-3, photos=1536, warmup=50, average=0.99, save_every=100)
+PARSER = train_loop.Schedule(steps=4800, batch_size=12, lr=1.5e-3, photos=1536, warmup=50, average=0.99, save_every=100)
 PARSER_LONG = train_loop.Schedule(steps=4000, batch_size=32, lr=1.5e-3, photos=6144, warmup=200, average=0.998, save_every=500)
 PERCEPTUAL = train_loop.Schedule(steps=600, batch_size=32, lr=2e-3, photos=640, warmup=50, average=0.98, save_every=100)
 PERCEPTUAL_LONG = train_loop.Schedule(steps=2000, batch_size=96, lr=2e-3, photos=6144, warmup=100, average=0.995, save_every=500)
-VAE = train_loop.Schedule(steps=1100, batch_size=12, lr=2e-3, photos=640, warmup=100, weight_decay=1e-3, average=0.99, save_every=100)
+VAE = train_loop.Schedule(steps=2000, batch_size=12, lr=2e-3, photos=1536, warmup=100, weight_decay=1e-3, average=0.99, save_every=100)
 VAE_LONG = train_loop.Schedule(
     steps=5000, batch_size=64, lr=1.5e-3, photos=6144, warmup=200, weight_decay=1e-3, average=0.998, save_every=500
 )
@@ -260,8 +260,8 @@ def _autoencoder_sample(photo: Photo, rng: np.random.Generator) -> tuple[NDArray
 
 
 def _reconstruction_loss(decoded: Tensor, images: Tensor, hair: Tensor) -> Tensor:
-    """Absolute and squared error of pixels and absolute error of differences between neighbours; hair counts twice."""
-    weight = 1.0 + hair
+    """Absolute and squared error of pixels and absolute error of differences between neighbours; hair counts three times."""
+    weight = 1.0 + 2.0 * hair
     error = (decoded - images) * weight / weight.mean()
     across, down = error.diff(dim=3).abs().mean(), error.diff(dim=2).abs().mean()
     return error.abs().mean() + 2.0 * error.square().mean() + 0.25 * (across + down)

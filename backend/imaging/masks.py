@@ -2,7 +2,8 @@
 
 The silhouette of the hair tells the answer in training and is unknown when serving. So the edit region is anchored at the face: the
 head, and curtains beside it down to the frame's lower edge, whether the hair is long or short. In training its measures are drawn at
-random, independent of the hair; the hair itself, grown by a margin, is always inside, and so are silhouettes of other people's hair.
+random, independent of the hair; the hair itself, grown by a margin (a smaller one in the face), is always inside, and so are
+silhouettes of other people's hair.
 """
 
 from __future__ import annotations
@@ -81,7 +82,8 @@ class Silhouette:
     face_box: Box | None
 
 
-BORROWED = 3  # silhouettes joined to each training region
+BORROWED = 4  # silhouettes joined to each training region
+FACE_MARGIN = 0.012  # growth of the present hair where it lies on eyes, nose and mouth, share of the crop's side
 FRINGES = 1  # of those, how many also cover the face where they lie on it
 
 
@@ -122,6 +124,7 @@ def edit_region(
         for other in laid[:FRINGES]:  # hair in the face tells of length too
             opening[other > 0] = 0
         region[opening > 0] = 0
+        grown = np.where(opening > 0, grow(hair, FACE_MARGIN * side), grown)  # half a turned face is within the margin of its hair
     return np.maximum(region, grown)
 
 
