@@ -1,7 +1,7 @@
 """Several cards, one set of weights: FSDP for the presets that train everything in float32 (arXiv 2304.11277; PyTorch's fully_shard).
 
 Each process holds its share of the UNet's weights, gradients and optimizer states, and borrows the rest block by block while it computes.
-The injector is small and stays whole in each. Checkpoints are whole files, equal to those of one process.
+The injector is small and stays whole in each. Checkpoints are whole files, as those of one process.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def clip_grad_norm(parameters: Sequence[nn.Parameter], bound: float) -> None:
     The squares are summed in float64: their order, which differs between one process and several, then leaves the norm's float32 bits alone.
     """
     learning: list[Any] = [parameter for parameter in parameters if parameter.grad is not None]
-    spread = [parameter for parameter in learning if isinstance(parameter, DTensor)]
+    spread: list[Any] = [parameter for parameter in learning if isinstance(parameter, DTensor)]
     others = [parameter for parameter in learning if not isinstance(parameter, DTensor)]
     square = _square([parameter.grad.to_local() for parameter in spread])
     if spread:
