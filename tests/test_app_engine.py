@@ -148,6 +148,8 @@ def test_reloading_under_load_fails_no_job_and_each_result_names_its_maker(tmp_p
         return waiting.pop(0)
 
     with serving(app_config(tmp_path, queue_size=200), factory=factory) as live:
+        while live.client.get("/readyz").status_code != 200:
+            threading.Event().wait(0.005)
         jobs: list[str] = []
         posted = threading.Event()
 
