@@ -54,7 +54,8 @@ def _figures() -> dict[str, Any]:
                         "masked_psnr_gain": -5.0, "masked_psnr_gain_ci": [-6.0, -4.0]},
         "baselines": {
             "no_op": dict(colour),
-            "shuffled_reference": {**colour, **gains, "curl_agreement": 0.3, "curl_agreement_ci": [0.2, 0.4]},
+            "shuffled_reference": {**colour, **gains, "curl_agreement": 0.3, "curl_agreement_ci": [0.2, 0.4],
+                                   "curl_agreement_gain": 0.4, "curl_agreement_gain_ci": [0.2, 0.6]},
             "bald": {**colour, **gains, "lpips": 0.4, "masked_psnr": 11.0},
             "no_conditioning": dict(gains), "crop_paste": dict(gains),
             "colour_transfer": {"hair_length_error": 0.9, "hair_length_error_gain": 0.5, "hair_length_error_gain_ci": [0.3, 0.7]},
@@ -74,7 +75,7 @@ def test_the_evidence_profile_passes_good_figures() -> None:
         (("outside_max_abs_diff",), 1, "outside"),
         (("hair_color_delta_e_ci",), [7.0, 19.0], "no_op"),
         (("baselines", "shuffled_reference", "hair_color_delta_e_ci"), [8.9, 12.0], "shuffled"),
-        (("baselines", "shuffled_reference", "curl_agreement_ci"), [0.2, 0.61], "curl"),
+        (("baselines", "shuffled_reference", "curl_agreement_gain_ci"), [-0.01, 0.8], "curl"),
         (("baselines", "bald", "lpips_gain_ci"), [-0.01, 0.2], "bald"),
         (("baselines", "no_conditioning", "masked_psnr_gain_ci"), [0.0, 1.0], "no_conditioning"),
         (("baselines", "crop_paste", "lpips_gain_ci"), [-0.1, 0.1], "crop_paste"),
@@ -137,7 +138,7 @@ def test_a_comparison_that_could_not_be_made_is_noted() -> None:
 
 def test_curl_is_not_judged_where_the_vae_removes_it() -> None:
     figures = copy.deepcopy(_figures())
-    figures |= {"curl_agreement": 0.3, "curl_agreement_ci": [0.2, 0.4]}
+    figures["baselines"]["shuffled_reference"] |= {"curl_agreement_gain": 0.0, "curl_agreement_gain_ci": [-0.2, 0.2]}
     assert not gate.decide(figures, GateConfig(profile="evidence"))["passed"]
     figures["ceiling_vae"] |= {"curl_agreement": 0.35, "curl_agreement_ci": [0.3, 0.4]}
     verdict = gate.decide(figures, GateConfig(profile="evidence"))["evidence"]
