@@ -97,6 +97,7 @@ def _save_forever(folder: str) -> None:
         checkpoints.prune(Path(folder), "run", 2)
 
 
+@pytest.mark.long
 def test_kills_during_back_to_back_saves_leave_a_whole_checkpoint(tmp_path: Path) -> None:
     """SIGKILL at 12 spread moments of a process that does nothing but save; diffusers' way fails 33 of 40 (reliability.md C1.1)."""
     context = multiprocessing.get_context("spawn")

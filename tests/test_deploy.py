@@ -102,6 +102,7 @@ def test_fifty_kills_leave_a_whole_bundle_each_time(small: Path, tmp_path: Path)
     assert _kills(small, tmp_path / "kills", 50) == {"whole": 50, "kinds": 2, "previous": 50}
 
 
+@pytest.mark.long
 def test_a_full_disk_leaves_the_deployed_bundle(small: Path, tmp_path: Path) -> None:
     """A limit on the size of files makes the write fail half-way, as a full disk does."""
     target = tmp_path / f"{NAME}.safetensors"

@@ -308,6 +308,7 @@ def test_files_that_are_no_bundle_are_refused(finished_world: World, tmp_path: P
         assert cli.main(["verify", str(path)]) == 1
 
 
+@pytest.mark.long
 def test_a_closed_gate_deploys_nothing_and_keeps_what_was_there(finished_world: World, tmp_path: Path) -> None:
     world = finished_world.copy(tmp_path / "closed", "processed", "checkpoints", "models")
     old = (world.root / "models/deep_hair_v1.safetensors").read_bytes()

@@ -412,7 +412,8 @@ def test_killed_workers_cost_what_they_held(dataset: Dataset, shots: list[Shot],
     assert not temporaries(dataset.root / "killed")
 
 
-@pytest.mark.parametrize(("photos", "kills"), [(40, 1), pytest.param(500, 20, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize(("photos", "kills"), [(500, 20)])
 @pytest.mark.usefixtures("in_process")
 def test_a_killed_run_goes_on_where_it_was(dataset: Dataset, shots: list[Shot], photos: int, kills: int) -> None:
     """kill -9 of the parent at random moments: what is marked as done is never done again, at most one photo a worker is lost."""

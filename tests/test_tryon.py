@@ -336,6 +336,7 @@ def test_the_command_does_a_folder_and_names_what_it_cannot(finished_world: Worl
     assert main(["tryon", str(photos / "me.png"), "-o", str(tmp_path / "x.png"), "--color", "purple", *arguments[:2], *settings]) == 2
 
 
+@pytest.mark.long
 def test_the_command_writes_the_same_picture(
     finished_world: World, tryon: TryOn, tmp_path: Path, upload: np.ndarray, reference: np.ndarray
 ) -> None:
