@@ -31,6 +31,7 @@ from backend.training.presets import PRESETS
 State = Literal["ok", "warning", "missing"]
 
 _REPORTED = 0.95  # of its nominal size is the least that a card reports of its memory: 11.76 GiB of 12 (training_memory.md, section 1.2)
+_TORCH_SECONDS = 120.0  # importing torch takes a few; a machine that is busy may take longer, which is no fault of torch
 _COUNT_SECONDS = 3.0  # after which counting files stops and says "at least"
 _TORCH = """
 import json, torch
@@ -111,13 +112,18 @@ def library_lines() -> list[Line]:
 
 
 def ask_torch() -> dict[str, Any]:
-    """What torch says of itself and the card, from a process of its own; ``{"error": ...}`` where it cannot be imported."""
+    """What torch says of itself and the card, from a process of its own.
+
+    ``{"error": ...}`` where it cannot be imported, ``{"silent": seconds}`` where it has not answered in that time.
+    """
     try:
-        done = subprocess.run([sys.executable, "-c", _TORCH], capture_output=True, text=True, check=False, timeout=120)
+        done = subprocess.run([sys.executable, "-c", _TORCH], capture_output=True, text=True, check=False, timeout=_TORCH_SECONDS)
         return (
             dict(json.loads(done.stdout)) if done.returncode == 0 else {"error": (done.stderr.strip().splitlines() or ["no message"])[-1]}
         )
-    except (subprocess.TimeoutExpired, ValueError) as error:
+    except subprocess.TimeoutExpired:
+        return {"silent": _TORCH_SECONDS}
+    except ValueError as error:
         return {"error": str(error)}
 
 
@@ -125,6 +131,10 @@ def torch_lines(config: Config, torch: dict[str, Any]) -> Iterator[Line]:
     """torch works, CUDA works, and the card's memory allows ``train.preset``."""
     if "error" in torch:
         yield Line("torch", "missing", f"cannot be imported: {torch['error']}", "make clean && make")
+        return
+    if "silent" in torch:
+        says = f"has not answered within {torch['silent']:.0f} s; nothing is known of it and of the card"
+        yield Line("torch", "warning", says, "the machine is busy or its disk slow: call doctor again when it is not")
         return
     yield Line("torch", "ok", f"{torch['version']}, built for {'CUDA ' + torch['cuda'] if torch['cuda'] else 'the CPU only'}")
     if config.device == "cpu":

@@ -95,6 +95,13 @@ def test_a_torch_that_does_not_import_is_one_line(tmp_path: Path, monkeypatch: p
     assert line.state == "missing" and "libcudart.so.13" in line.says
 
 
+def test_a_torch_that_does_not_answer_in_time_is_not_called_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_TORCH", "import time; time.sleep(60)")
+    monkeypatch.setattr(doctor, "_TORCH_SECONDS", 0.2)
+    (line,) = doctor.torch_lines(_config(tmp_path), doctor.ask_torch())
+    assert line.state == "warning" and "has not answered within" in line.says
+
+
 @pytest.mark.parametrize(
     ("gib", "preset", "state", "mend"),
     [
