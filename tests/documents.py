@@ -4,7 +4,8 @@
 
 stands on the line before a block (a blank line between is allowed) and takes one of
 
-    needs a card | needs data | needs the internet | needs a server | needs several machines    and any of these joined by ' and '
+    needs a card | needs data | needs the internet | needs a server | needs several machines | needs a quiet machine (a benchmark)
+                                       and any of these joined by ' and '
     takes long                         run by the long tests alone
     covered by tests/FILE.py::TEST     run in full there; several joined by commas
     none                               the block is a tree, a listing or a program's text
@@ -21,7 +22,7 @@ from pathlib import Path
 
 from backend.config import REPO_ROOT
 
-NEEDS = ("a card", "data", "the internet", "a server", "several machines")
+NEEDS = ("a card", "data", "the internet", "a server", "several machines", "a quiet machine")
 _COMMENT = re.compile(r"^<!-- commands: (.+?) -->$")
 _INLINE = re.compile(r"`((?:\.venv/bin/)?(?:deephair|make|python|bash) [^`]+)`")
 
