@@ -245,11 +245,13 @@ def memory(folder: Path, photos: int) -> Iterator[dict[str, Any]]:
 
 
 def work_and_weigh(pair: Pair) -> float:
-    """One photo in a worker; returns the worker's peak resident memory so far, MiB."""
+    """One photo in a worker; returns the worker's peak resident memory so far, MiB. getrusage's maximum would be that of the parent before
+    the worker's own program began."""
     row = work(pair)
     if "reason" in row:
         raise ValueError(f"{pair.photo}: {row}")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 1024
 
 
 def flatness(folder: Path, photos: int) -> dict[str, Any]:
