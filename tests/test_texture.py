@@ -227,10 +227,10 @@ def deal_anew(processed: Path) -> None:
 
 @pytest.mark.long
 def test_it_learns_strands_of_unseen_heads_and_keeps_their_colour(tmp_path: Path) -> None:
-    """A minute or two: the whole of Stage 1 from random weights learns what it should, keeps the colour, and learns nothing from noise."""
+    """Some minutes: the whole of Stage 1 from random weights learns what it should, keeps the colour, and learns nothing from noise."""
     write_set(tmp_path / "processed", heads=600, photos=1, patches=2)
     write_start(tmp_path / "weights")
-    config = configured(tmp_path, steps=150, batch_size=24, warmup=10, save_every=150, patience=0)
+    config = configured(tmp_path, steps=400, batch_size=24, lr=3e-4, warmup=10, save_every=400, patience=0)
     result = train_texture.train_texture(config)
     for split in ("", "test_"):
         assert result[f"{split}curl_balanced_accuracy"] >= 0.5  # chance: 0.25
@@ -244,7 +244,7 @@ def test_it_learns_strands_of_unseen_heads_and_keeps_their_colour(tmp_path: Path
     assert not control["skipped"]
     for split in ("", "test_"):
         assert control[f"{split}curl_balanced_accuracy"] < 0.4 < result[f"{split}curl_balanced_accuracy"]
-        assert control[f"{split}volume_balanced_accuracy"] < 0.45
+        assert control[f"{split}volume_balanced_accuracy"] < min(0.5, result[f"{split}volume_balanced_accuracy"])
 
 
 def test_predicting_by_itself(undisturbed: Path, few: Path, tmp_path: Path) -> None:
