@@ -294,7 +294,7 @@ def test_a_bundle_with_nan_is_refused_over_http_and_the_old_one_serves_on(
 ) -> None:
     """Worth its time: the real check, in the real process, behind the real address."""
     from backend.app.api import create_app
-    from backend.training.models.bundle import load_bundle, write_bundle
+    from backend.training.models.bundle import contents_of, load_bundle, write_bundle
 
     config = finished_world.copy(tmp_path / "world", "models").config()
     files = {"target": ("me.png", encode_png(upload)), "reference": ("hair.png", encode_png(reference))}
@@ -306,7 +306,7 @@ def test_a_bundle_with_nan_is_refused_over_http_and_the_old_one_serves_on(
         whole = config.paths.bundle.read_bytes()
         with torch.no_grad():
             bundle.model.unet.conv_in.bias[0] = torch.nan
-        write_bundle(config.paths.bundle, bundle.model, bundle.texture_encoder, bundle.header)
+        write_bundle(config.paths.bundle, contents_of(bundle.model, bundle.texture_encoder), bundle.header)
         refused = client.post("/api/v1/models/reload")
         assert (refused.status_code, refused.json()["code"]) == (503, "reload_failed") and "invalid_artifact" in refused.json()["detail"]
         assert client.get("/api/v1/models").json()["bundle_sha256"] == before
