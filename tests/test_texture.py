@@ -121,6 +121,43 @@ def test_a_stopped_run_ends_bit_equal(point: str, root: Path, undisturbed: Path,
     assert_same(root / "checkpoints", undisturbed)
 
 
+def test_an_average_of_the_weights_is_what_is_kept_and_a_stopped_run_goes_on_with_both(
+    root: Path, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, seen = texture_trainer.Trainer.step, []
+
+    def watching(self: texture_trainer.Trainer, batch: Batch, labels: Labels) -> dict[str, float]:
+        if not seen:
+            seen.append({name: value.clone() for name, value in self.encoder.state_dict().items()})
+        losses = step(self, batch, labels)
+        seen.append({name: value.clone() for name, value in self.encoder.state_dict().items()})
+        return losses
+
+    (tmp_path / "alone").mkdir()
+    alone = own(few, tmp_path / "alone")
+    monkeypatch.setattr(texture_trainer.Trainer, "step", watching)
+    train_texture.train_texture(configured(alone, ema=0.25, patience=0))
+    name = "backbone.layer1.0.conv1.weight"
+    expected = seen[0][name]
+    for number, live in enumerate(seen[1:]):
+        decay = min(0.25, (number + 1) / (number + 10))  # 1/10, 2/11, 3/12, then 0.25
+        expected = decay * expected + (1 - decay) * live[name]
+    kept = artifacts.load_tensors(alone / "checkpoints" / train_texture.RESULT)
+    assert torch.allclose(kept[name], expected, rtol=0, atol=1e-7) and not torch.allclose(kept[name], seen[-1][name], rtol=0, atol=1e-7)
+
+    def dying(self: texture_trainer.Trainer, batch: Batch, labels: Labels) -> dict[str, float]:
+        if batch.step == 3:
+            raise Killed
+        return step(self, batch, labels)
+
+    monkeypatch.setattr(texture_trainer.Trainer, "step", dying)
+    with pytest.raises(Killed):
+        train_texture.train_texture(configured(root, ema=0.25, patience=0))
+    monkeypatch.undo()
+    train_texture.train_texture(configured(root, ema=0.25, patience=0))
+    assert_same(root / "checkpoints", alone / "checkpoints")
+
+
 @pytest.mark.long
 def test_kill_9_in_the_middle_ends_bit_equal(root: Path, undisturbed: Path) -> None:
     settings = [f"paths.{name}={root / name}" for name in ("processed", "checkpoints", "weights")]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from backend.training import checkpoints, keyed
+from backend.training.averaging import follow
 
 logger = logging.getLogger(__name__)
 
@@ -152,21 +153,11 @@ def fit(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         smooth = loss.detach().float() if step == 0 else 0.98 * smooth + 0.02 * loss.detach().float()
-        _follow(average, net, min(schedule.average, (step + 1) / (step + 10)))
+        follow(average, net.state_dict(), schedule.average, step)
     if average:
         net.load_state_dict(average)
     net.eval().to("cpu")
     return float(smooth)
-
-
-@torch.no_grad()
-def _follow(average: dict[str, Tensor], net: nn.Module, decay: float) -> None:
-    state = net.state_dict()
-    moving = [key for key, value in average.items() if value.is_floating_point()]
-    if moving:
-        torch._foreach_lerp_([average[key] for key in moving], [state[key] for key in moving], 1 - decay)
-    for key in average.keys() - set(moving):
-        average[key].copy_(state[key])
 
 
 def _save(

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
 from backend.config import TextureConfig
 from backend.training import checkpoints, keyed
+from backend.training.averaging import follow
 from backend.training.models.supcon import Labels, masked_cross_entropy, supcon_loss
 from backend.training.models.texture_encoder import EMBEDDING, HEADS, TextureEncoder, TextureOutput
 from backend.training.processes import Processes
 from backend.training.texture_data import Batch, Ints, PatchTable, augment, draw_views
+
+_LIVE = "|weight"
 
 
 def computes_bf16(device: torch.device) -> bool:
@@ -27,6 +32,7 @@ class Trainer:
         if processes.count > 1 and processes.device.type == "cuda":
             # Each card alone would normalise by its own share of the batch; so statistics are taken over all of it.
             self.encoder = nn.SyncBatchNorm.convert_sync_batchnorm(self.encoder)  # type: ignore[no-untyped-call]
+        self.average = copy.deepcopy(self.encoder).eval().requires_grad_(False) if config.ema else None
         self.model: nn.Module = self.encoder if processes.count == 1 else nn.parallel.DistributedDataParallel(self.encoder)
         self.names = {parameter: name for name, parameter in self.encoder.named_parameters()}
         matrices = [p for p in self.names if p.ndim > 1]
@@ -35,14 +41,26 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=True)
         self.bf16 = config.precision == "bf16" and computes_bf16(processes.device)
 
+    @property
+    def judged(self) -> TextureEncoder:
+        """The encoder that is validated and kept: the average where there is one, else the one that learns."""
+        return self.encoder if self.average is None else self.average
+
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """Arguments for ``checkpoints.save``."""
-        return {"weights": self.encoder.state_dict(), "optimizer": checkpoints.optimizer_tensors(self.optimizer, self.names)}
+        """Arguments for ``checkpoints.save``. With an average, that is the checkpoint's weights, and the live ones lie beside the optimizer's
+        tensors as ``{name}|weight``."""
+        optimizer = checkpoints.optimizer_tensors(self.optimizer, self.names)
+        if self.average is not None:
+            optimizer |= {f"{name}{_LIVE}": value for name, value in self.encoder.state_dict().items()}
+        return {"weights": self.judged.state_dict(), "optimizer": optimizer}
 
     def restore(self, saved: checkpoints.Checkpoint) -> None:
         """Puts a checkpoint back."""
-        self.encoder.load_state_dict(saved.weights)
-        checkpoints.restore_optimizer(self.optimizer, self.names, saved.optimizer)
+        self.judged.load_state_dict(saved.weights)
+        if self.average is not None:
+            self.encoder.load_state_dict({k.removesuffix(_LIVE): v for k, v in saved.optimizer.items() if k.endswith(_LIVE)})
+        of_optimizer = {key: value for key, value in saved.optimizer.items() if not key.endswith(_LIVE)}
+        checkpoints.restore_optimizer(self.optimizer, self.names, of_optimizer)
 
     def step(self, batch: Batch, labels: Labels) -> dict[str, float]:
         """One update. ``labels`` are those of the whole batch. Returns the losses; raises FloatingPointError before a non-finite update."""
@@ -61,6 +79,8 @@ class Trainer:
         if not torch.isfinite(torch.tensor(list(values.values()))).all():
             raise FloatingPointError(", ".join(f"{name} {value:g}" for name, value in values.items()))
         self.optimizer.step()
+        if self.average is not None:
+            follow(self.average.state_dict(), self.encoder.state_dict(), config.ema, batch.step)
         return values
 
     def losses(self, batch: Batch, labels: Labels) -> dict[str, Tensor]:

@@ -182,9 +182,9 @@ class Run:
         table = self.tables["val"]
         if self.processes.rank == 0 and len(table):
             numbers = table.spread(VALIDATION_PATCHES)
-            self.trainer.encoder.eval()
+            self.trainer.judged.eval()
             scores = score_split(
-                predict_probabilities(self.trainer.encoder, self.images["val"], numbers), table, numbers, seed=self.texture.seed
+                predict_probabilities(self.trainer.judged, self.images["val"], numbers), table, numbers, seed=self.texture.seed
             )
             self.trainer.encoder.train()
             found = headline(scores)
@@ -197,7 +197,7 @@ class Run:
         )
         if self.texture.patience and value >= max(best, 0.0) and self.processes.rank == 0:
             header = {"step": self.progress.step, "score": value, **self.identity.header()}
-            artifacts.save_tensors(self.folder / BEST, self.trainer.encoder.state_dict(), header)
+            artifacts.save_tensors(self.folder / BEST, self.trainer.judged.state_dict(), header)
 
     def _exhausted(self) -> bool:
         """Whether the last ``patience`` validations brought nothing better."""
@@ -239,7 +239,7 @@ class Run:
 
     def finish(self, total_seconds: float) -> dict[str, Any]:
         """Measures the weights that count and writes metrics, page and encoder, in this order: the encoder says that all is there."""
-        encoder, chosen = self.trainer.encoder, self.progress.step
+        encoder, chosen = self.trainer.judged, self.progress.step
         best = self.folder / BEST
         if self.identity.made_file(best):
             encoder.load_state_dict(artifacts.load_tensors(best))
