@@ -65,6 +65,15 @@ sys.exit(console.guarded(run))
 """
 
 
+FULL_AT_THE_CARD = """
+import resource, sys
+from pathlib import Path
+from backend.training.deploy import deploy
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+deploy(Path(sys.argv[1]), Path(sys.argv[2]))
+"""
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two small bundles, a.bundle and b.bundle, with an encoder of full width and the smallest UNet."""
@@ -113,6 +122,21 @@ def test_a_full_disk_leaves_the_deployed_bundle(small: Path, tmp_path: Path) -> 
     assert done.returncode == 1 and "\nerror: " in "\n" + done.stderr and "Traceback" not in done.stderr, done.stderr
     assert target.read_bytes() == (small / "a.bundle").read_bytes()
     assert [path.name for path in tmp_path.iterdir()] == [target.name]
+
+
+@pytest.mark.long
+def test_a_disk_that_fills_up_at_the_model_card_leaves_everything_as_it_was(small: Path, tmp_path: Path) -> None:
+    """The new bundle is on the disk already and only its card finds no room: bundle, card and the one before stay those of the old model."""
+    target = tmp_path / f"{NAME}.safetensors"
+    for name in "aba":
+        shutil.copyfile(small / f"{name}.bundle", tmp_path / "candidate.tmp")
+        deploy.deploy(tmp_path / "candidate.tmp", target)
+    shutil.copyfile(small / "b.bundle", tmp_path / "candidate.tmp")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    command = [sys.executable, "-c", FULL_AT_THE_CARD, str(tmp_path / "candidate.tmp"), str(target)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode != 0 and "File too large" in done.stderr
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_rollback_swaps_the_two_and_back(finished_world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
