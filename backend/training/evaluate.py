@@ -223,6 +223,7 @@ class Evaluator:
             "samples_reconstruction": len(records["reconstruction"]),
             "samples_reconstruction_wanted": protocol.samples or settings.samples_reconstruction,
             "heads": len({record.pair.head for record in records["transfer"]}),
+            "heads_reconstruction": len({record.pair.head for record in records["reconstruction"]}),
             "pairs_sha256": hashlib.sha256(json.dumps(self._stored, sort_keys=True).encode()).hexdigest(),
             "picture_side": protocol.side or self.config.data.resolution,
             "lpips_backbone": self._instruments.backbone,
