@@ -174,6 +174,15 @@ def load_tensors(path: Path) -> dict[str, Any]:
         raise _unreadable(path, error) from error
 
 
+def aligned(tensor: Any) -> Any:
+    """The tensor where its memory begins at a multiple of 64 bytes, as all that torch allocates, else a copy that does.
+
+    Tensors of a mapped file begin wherever its header ends, and on a CPU the place decides in which order products are added up: the
+    same weights under a header that is eight bytes longer painted a picture that differed by 1.6e-6.
+    """
+    return tensor if tensor.data_ptr() % 64 == 0 else tensor.clone()
+
+
 @contextlib.contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
     """Refuses a second run on the same folder. The lock dies with its process, so a kill leaves nothing to clean up."""

@@ -14,12 +14,15 @@ import torch
 
 from backend import artifacts, cli
 from backend.errors import InvalidArtifactError, MissingInputError, UsageError
-from backend.training import candidate, checkpoints, deploy, unet_export
+from backend.training import candidate, checkpoints, deploy, pairs, unet_export
 from backend.training.export_model import GateClosedError, export
 from backend.training.models.bundle import check_networks, contents_of, load_bundle, write_bundle
 from backend.training.models.stage2_unet import SDXL_UNET_CONFIG, HairInpaintingUNet, empty_unet
 from backend.training.models.texture_encoder import new_encoder
+from backend.training.painting import SceneReader, ThreadedMap
+from backend.training.prepared import Prepared
 from backend.training.stage2_files import PREFIX
+from backend.tryon.painter import Painter
 from tests.conftest import World
 
 NAME = "deep_hair_v1"
@@ -191,6 +194,27 @@ def test_what_is_deployed_is_compared_where_it_can_be(finished_world: World, tmp
     (tmp_path / f"none/models/{NAME}.safetensors").write_bytes(b"\x80\x04K\x01.")
     compared, why = candidate.deployed_model(empty.config(), other)
     assert compared is None and "cannot be loaded" in why
+
+
+def test_the_length_of_a_bundles_header_changes_no_bit_of_its_pictures(finished_world: World, tmp_path: Path) -> None:
+    """Eight bytes more of header move every tensor of the file; export's comparison refused one bundle in two for it."""
+    config = finished_world.config()
+    found = load_bundle(config.paths.bundle)
+    contents = contents_of(found.model, found.texture_encoder)
+    prepared = Prepared(config.paths.processed)
+    pair = pairs.draw(prepared.rows("test"), config.evaluate).transfer[0]
+    scene = SceneReader(config, prepared, ThreadedMap(1))([pair])[0]
+    pictures = []
+    for longer in (0, 8, 16):
+        write_bundle(tmp_path / "b.safetensors", contents, {**found.header, "note": "x" * longer})
+        painter = Painter.of_bundle(load_bundle(tmp_path / "b.safetensors"), config)
+        pictures.append(candidate.painted(painter, scene, config))
+    candidate.require_equal(pictures[0], pictures[1])
+    candidate.require_equal(pictures[0], pictures[2])
+    with pytest.raises(InvalidArtifactError, match="paints another picture"):
+        candidate.require_equal(pictures[0], pictures[1] + 1e-6)
+    with pytest.raises(InvalidArtifactError, match="paints another picture"):
+        candidate.require_equal(pictures[0], pictures[1] * float("nan"))
 
 
 def test_a_checkpoint_with_nan_weights_is_refused_before_it_is_measured(finished_world: World, tmp_path: Path) -> None:

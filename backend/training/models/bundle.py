@@ -148,7 +148,7 @@ def load_bundle(path: Path, weights: Path | None = None) -> Bundle:
 
 def filled(model: HairInpaintingUNet, tensors: Mapping[str, torch.Tensor]) -> HairInpaintingUNet:
     """A network on the meta device with these tensors as its weights, in their own precision, frozen and in eval mode."""
-    model.load_state_dict(dict(tensors), assign=True)
+    model.load_state_dict({name: artifacts.aligned(value) for name, value in tensors.items()}, assign=True)
     return model.eval().requires_grad_(False)
 
 
