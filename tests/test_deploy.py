@@ -217,18 +217,57 @@ def test_the_length_of_a_bundles_header_changes_no_bit_of_its_pictures(finished_
         candidate.require_equal(pictures[0], pictures[1] * float("nan"))
 
 
-def test_a_checkpoint_with_nan_weights_is_refused_before_it_is_measured(finished_world: World, tmp_path: Path) -> None:
-    world = finished_world.copy(tmp_path / "nan", "processed", "checkpoints", "models", "report")
+def _nan(weights: dict, header: dict) -> None:
+    weights["unet.conv_in.weight"][0, 0, 0, 0] = torch.nan
+
+
+def _four_channels(weights: dict, header: dict) -> None:
+    weights["unet.conv_in.weight"] = weights["unet.conv_in.weight"][:, :4].clone()
+
+
+def _four_channels_and_says_so(weights: dict, header: dict) -> None:
+    _four_channels(weights, header)
+    header["unet_config"] = {**header["unet_config"], "in_channels": 4}
+
+
+def _no_injector(weights: dict, header: dict) -> None:
+    for name in [name for name in weights if name.startswith("injector.")]:
+        del weights[name]
+
+
+def _no_network(weights: dict, header: dict) -> None:
+    del header["unet_config"]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (_nan, r"unet.conv_in.weight.*not finite"),
+        (_four_channels, r"'unet.conv_in.weight' has shape \(\d+, 4, 3, 3\), \(\d+, 9, 3, 3\) is needed"),
+        (_four_channels_and_says_so, "takes 4 input channels, 9 are needed"),
+        (_no_injector, r"tensors are missing, first 'injector\."),
+        (_no_network, "describes no network that can be built"),
+    ],
+)
+def test_a_broken_checkpoint_is_refused_before_it_is_measured(finished_world: World, tmp_path: Path, change, reason: str) -> None:  # type: ignore[no-untyped-def]
+    """Whole by its hashes, so that only the gate can see it: each is refused with its own reason, and what is deployed stays."""
+    world = finished_world.copy(tmp_path / "broken", "checkpoints", "models", "report")
+    (world.root / "processed").symlink_to(finished_world.root / "processed")
     found = checkpoints.newest(world.root / "checkpoints", PREFIX)
     assert found is not None
-    broken = {name: tensor.clone() for name, tensor in found.weights.items()}
-    broken["unet.conv_in.weight"][0, 0, 0, 0] = torch.nan
-    checkpoints.save(world.root / "checkpoints", f"{PREFIX}_step_99", weights=broken, optimizer=found.optimizer,
-                     position={**found.position, "step": 99}, header=found.header)  # fmt: skip
+    weights, header = {name: tensor.clone() for name, tensor in found.weights.items()}, dict(found.header)
+    change(weights, header)
+    checkpoints.save(world.root / "checkpoints", f"{PREFIX}_step_99", weights=weights, optimizer=found.optimizer,
+                     position={**found.position, "step": 99}, header=header)  # fmt: skip
     before = artifacts.sha256_file(world.root / f"models/{NAME}.safetensors")
-    with pytest.raises(GateClosedError, match=r"unet.conv_in.weight.*not finite"):
+    with pytest.raises(GateClosedError, match=reason):
         export(world.config(gate__force=""))
     assert artifacts.sha256_file(world.root / f"models/{NAME}.safetensors") == before
+
+
+def test_force_wants_a_reason(finished_world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["export", "--force", "  ", *finished_world.arguments()]) == 2
+    assert "needs a reason" in capsys.readouterr().err
 
 
 def test_networks_that_no_bundle_may_hold() -> None:
