@@ -44,6 +44,21 @@ def test_headers_round_trip_and_damage_is_named(tmp_path: Path) -> None:
             artifacts.load_tensors(path)
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_under_the_name_is_told_from_damage(tmp_path: Path, zipped: bool) -> None:
+    """What torch.save writes, whole and cut, says that it is a pickle; a cut safetensors file whose length looks like one does not."""
+    path = tmp_path / "a.safetensors"
+    torch.save({"x": torch.arange(4.0)}, path, _use_new_zipfile_serialization=zipped)
+    for content in (path.read_bytes(), path.read_bytes()[:50]):
+        path.write_bytes(content)
+        for read in (artifacts.read_header, artifacts.load_tensors):
+            with pytest.raises(InvalidArtifactError, match="is a pickle"):
+                read(path)
+    path.write_bytes((640).to_bytes(8, "little") + b"{")  # 640 is 80 02 in bytes, as a pickle of protocol 2 begins
+    with pytest.raises(InvalidArtifactError, match="is not a whole safetensors file"):
+        artifacts.read_header(path)
+
+
 def test_a_second_run_on_a_folder_is_refused(tmp_path: Path) -> None:
     with artifacts.folder_lock(tmp_path), pytest.raises(DeepHairError, match="another run"), artifacts.folder_lock(tmp_path):
         pass

@@ -14,12 +14,15 @@ import torch
 
 from backend import artifacts, cli
 from backend.errors import InvalidArtifactError, MissingInputError, UsageError
-from backend.training import candidate, checkpoints, deploy, unet_export
+from backend.training import candidate, checkpoints, deploy, pairs, unet_export
 from backend.training.export_model import GateClosedError, export
 from backend.training.models.bundle import check_networks, contents_of, load_bundle, write_bundle
 from backend.training.models.stage2_unet import SDXL_UNET_CONFIG, HairInpaintingUNet, empty_unet
 from backend.training.models.texture_encoder import new_encoder
+from backend.training.painting import SceneReader, ThreadedMap
+from backend.training.prepared import Prepared
 from backend.training.stage2_files import PREFIX
+from backend.tryon.painter import Painter
 from tests.conftest import World
 
 NAME = "deep_hair_v1"
@@ -62,6 +65,15 @@ def run():
     write_bundle(target, contents_of(bundle.model, bundle.texture_encoder), bundle.header)
     return 0
 sys.exit(console.guarded(run))
+"""
+
+
+FULL_AT_THE_CARD = """
+import resource, sys
+from pathlib import Path
+from backend.training.deploy import deploy
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+deploy(Path(sys.argv[1]), Path(sys.argv[2]))
 """
 
 
@@ -113,6 +125,21 @@ def test_a_full_disk_leaves_the_deployed_bundle(small: Path, tmp_path: Path) -> 
     assert done.returncode == 1 and "\nerror: " in "\n" + done.stderr and "Traceback" not in done.stderr, done.stderr
     assert target.read_bytes() == (small / "a.bundle").read_bytes()
     assert [path.name for path in tmp_path.iterdir()] == [target.name]
+
+
+@pytest.mark.long
+def test_a_disk_that_fills_up_at_the_model_card_leaves_everything_as_it_was(small: Path, tmp_path: Path) -> None:
+    """The new bundle is on the disk already and only its card finds no room: bundle, card and the one before stay those of the old model."""
+    target = tmp_path / f"{NAME}.safetensors"
+    for name in "aba":
+        shutil.copyfile(small / f"{name}.bundle", tmp_path / "candidate.tmp")
+        deploy.deploy(tmp_path / "candidate.tmp", target)
+    shutil.copyfile(small / "b.bundle", tmp_path / "candidate.tmp")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    command = [sys.executable, "-c", FULL_AT_THE_CARD, str(tmp_path / "candidate.tmp"), str(target)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode != 0 and "File too large" in done.stderr
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_rollback_swaps_the_two_and_back(finished_world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -169,18 +196,78 @@ def test_what_is_deployed_is_compared_where_it_can_be(finished_world: World, tmp
     assert compared is None and "cannot be loaded" in why
 
 
-def test_a_checkpoint_with_nan_weights_is_refused_before_it_is_measured(finished_world: World, tmp_path: Path) -> None:
-    world = finished_world.copy(tmp_path / "nan", "processed", "checkpoints", "models", "report")
+def test_the_length_of_a_bundles_header_changes_no_bit_of_its_pictures(finished_world: World, tmp_path: Path) -> None:
+    """Eight bytes more of header move every tensor of the file; export's comparison refused one bundle in two for it."""
+    config = finished_world.config()
+    found = load_bundle(config.paths.bundle)
+    contents = contents_of(found.model, found.texture_encoder)
+    prepared = Prepared(config.paths.processed)
+    pair = pairs.draw(prepared.rows("test"), config.evaluate).transfer[0]
+    scene = SceneReader(config, prepared, ThreadedMap(1))([pair])[0]
+    pictures = []
+    for longer in (0, 8, 16):
+        write_bundle(tmp_path / "b.safetensors", contents, {**found.header, "note": "x" * longer})
+        painter = Painter.of_bundle(load_bundle(tmp_path / "b.safetensors"), config)
+        pictures.append(candidate.painted(painter, scene, config))
+    candidate.require_equal(pictures[0], pictures[1])
+    candidate.require_equal(pictures[0], pictures[2])
+    with pytest.raises(InvalidArtifactError, match="paints another picture"):
+        candidate.require_equal(pictures[0], pictures[1] + 1e-6)
+    with pytest.raises(InvalidArtifactError, match="paints another picture"):
+        candidate.require_equal(pictures[0], pictures[1] * float("nan"))
+
+
+def _nan(weights: dict, header: dict) -> None:
+    weights["unet.conv_in.weight"][0, 0, 0, 0] = torch.nan
+
+
+def _four_channels(weights: dict, header: dict) -> None:
+    weights["unet.conv_in.weight"] = weights["unet.conv_in.weight"][:, :4].clone()
+
+
+def _four_channels_and_says_so(weights: dict, header: dict) -> None:
+    _four_channels(weights, header)
+    header["unet_config"] = {**header["unet_config"], "in_channels": 4}
+
+
+def _no_injector(weights: dict, header: dict) -> None:
+    for name in [name for name in weights if name.startswith("injector.")]:
+        del weights[name]
+
+
+def _no_network(weights: dict, header: dict) -> None:
+    del header["unet_config"]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (_nan, r"unet.conv_in.weight.*not finite"),
+        (_four_channels, r"'unet.conv_in.weight' has shape \(\d+, 4, 3, 3\), \(\d+, 9, 3, 3\) is needed"),
+        (_four_channels_and_says_so, "takes 4 input channels, 9 are needed"),
+        (_no_injector, r"tensors are missing, first 'injector\."),
+        (_no_network, "describes no network that can be built"),
+    ],
+)
+def test_a_broken_checkpoint_is_refused_before_it_is_measured(finished_world: World, tmp_path: Path, change, reason: str) -> None:  # type: ignore[no-untyped-def]
+    """Whole by its hashes, so that only the gate can see it: each is refused with its own reason, and what is deployed stays."""
+    world = finished_world.copy(tmp_path / "broken", "checkpoints", "models", "report")
+    (world.root / "processed").symlink_to(finished_world.root / "processed")
     found = checkpoints.newest(world.root / "checkpoints", PREFIX)
     assert found is not None
-    broken = {name: tensor.clone() for name, tensor in found.weights.items()}
-    broken["unet.conv_in.weight"][0, 0, 0, 0] = torch.nan
-    checkpoints.save(world.root / "checkpoints", f"{PREFIX}_step_99", weights=broken, optimizer=found.optimizer,
-                     position={**found.position, "step": 99}, header=found.header)  # fmt: skip
+    weights, header = {name: tensor.clone() for name, tensor in found.weights.items()}, dict(found.header)
+    change(weights, header)
+    checkpoints.save(world.root / "checkpoints", f"{PREFIX}_step_99", weights=weights, optimizer=found.optimizer,
+                     position={**found.position, "step": 99}, header=header)  # fmt: skip
     before = artifacts.sha256_file(world.root / f"models/{NAME}.safetensors")
-    with pytest.raises(GateClosedError, match=r"unet.conv_in.weight.*not finite"):
+    with pytest.raises(GateClosedError, match=reason):
         export(world.config(gate__force=""))
     assert artifacts.sha256_file(world.root / f"models/{NAME}.safetensors") == before
+
+
+def test_force_wants_a_reason(finished_world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["export", "--force", "  ", *finished_world.arguments()]) == 2
+    assert "needs a reason" in capsys.readouterr().err
 
 
 def test_networks_that_no_bundle_may_hold() -> None:

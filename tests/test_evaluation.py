@@ -200,6 +200,12 @@ def test_pairs_are_fixed_by_the_seed_and_stored(tmp_path: Path) -> None:
     assert pairs.read(file, rows) == drawn
     with pytest.raises(InvalidArtifactError, match="does not have"):
         pairs.read(file, rows[3:])
+    with pytest.raises(InvalidArtifactError, match="protocol 'standard', asked for is 'hairfusion'"):
+        pairs.read(file, rows, "hairfusion")
+    content = artifacts.read_json(file)
+    artifacts.write_json(file, {**content, "shuffled": content["shuffled"][::-1]})
+    with pytest.raises(InvalidArtifactError, match="targets of 'shuffled'"):
+        pairs.read(file, rows)
     file.write_text("[]")
     with pytest.raises(InvalidArtifactError, match="no stored pairs"):
         pairs.read(file, rows)

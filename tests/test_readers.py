@@ -47,6 +47,7 @@ def _figures() -> dict[str, Any]:
     gains = {"lpips_gain": 0.1, "lpips_gain_ci": [0.05, 0.15], "masked_psnr_gain": 3.0, "masked_psnr_gain_ci": [2.0, 4.0]}
     colour = {"hair_color_delta_e": 20.0, "hair_color_delta_e_ci": [18.0, 22.0]}
     return {
+        "heads": 9, "heads_reconstruction": 8,
         "outside_max_abs_diff": 0, "lpips": 0.1, "masked_psnr": 20.0, "hair_color_delta_e": 8.0, "hair_color_delta_e_ci": [7.0, 9.0],
         "hair_length_error": 0.4, "hair_length_error_ci": [0.3, 0.5], "failure_rate": 0.02, "failure_rate_ci": [0.0, 0.05],
         "curl_agreement": 0.7, "curl_agreement_ci": [0.6, 0.8], "identity_kept": 1.0, "identity_kept_ci": [1.0, 1.0], "identity_different_people_p95": 0.2,
@@ -54,7 +55,7 @@ def _figures() -> dict[str, Any]:
                         "masked_psnr_gain": -5.0, "masked_psnr_gain_ci": [-6.0, -4.0]},
         "baselines": {
             "no_op": dict(colour),
-            "shuffled_reference": {**colour, **gains, "curl_agreement": 0.3, "curl_agreement_ci": [0.2, 0.4],
+            "shuffled_reference": {**colour, **gains, "mean_abs_change": 9.0, "curl_agreement": 0.3, "curl_agreement_ci": [0.2, 0.4],
                                    "curl_agreement_gain": 0.4, "curl_agreement_gain_ci": [0.2, 0.6]},
             "bald": {**colour, **gains, "lpips": 0.4, "masked_psnr": 11.0},
             "no_conditioning": dict(gains), "crop_paste": dict(gains),
@@ -72,7 +73,10 @@ def test_the_evidence_profile_passes_good_figures() -> None:
 @pytest.mark.parametrize(
     ("place", "value", "word"),
     [
+        (("heads",), 5, "transfer pairs are of 5 heads"),
+        (("heads_reconstruction",), 1, "reconstruction pairs are of 1 heads"),
         (("outside_max_abs_diff",), 1, "outside"),
+        (("baselines", "shuffled_reference", "mean_abs_change"), 0.0, "ignores it"),
         (("hair_color_delta_e_ci",), [7.0, 19.0], "no_op"),
         (("baselines", "shuffled_reference", "hair_color_delta_e_ci"), [8.9, 12.0], "shuffled"),
         (("baselines", "shuffled_reference", "curl_agreement_gain_ci"), [-0.01, 0.8], "curl"),
@@ -85,6 +89,9 @@ def test_the_evidence_profile_passes_good_figures() -> None:
         (("lpips",), 0.35, "way from the bald image"),
         (("masked_psnr",), 13.0, "way from the bald image"),
         (("lpips",), float("nan"), "way from the bald image"),
+        (("failure_rate_ci",), [float("nan")] * 2, "no face"),
+        (("hair_color_delta_e_ci",), [float("nan")] * 2, "no_op"),
+        (("baselines", "bald", "masked_psnr_gain_ci"), [float("nan")] * 2, "PSNR in the hair against bald"),
         (("ceiling_vae", "masked_psnr_gain_ci"), [0.1, 0.3], "given its answer"),
     ],
 )
@@ -95,7 +102,7 @@ def test_each_failing_figure_is_named(place: tuple[str, ...], value: object, wor
         holder = holder[name]
     holder[place[-1]] = value
     if place == ("failure_rate_ci",):
-        figures["failure_rate"] = 0.2
+        figures["failure_rate"] = 0.2 if value == [0.11, 0.3] else float("nan")
     verdict = gate.decide(figures, GateConfig(profile="evidence"))["evidence"]
     assert not verdict["passed"] and any(word in reason for reason in verdict["reasons"])
 
@@ -105,6 +112,14 @@ def test_lost_identities_are_noted_and_close_the_gate_when_most_are_lost() -> No
     few, many = (gate.decide(figures, GateConfig(profile="evidence"))["evidence"] for figures in (few, many))
     assert few["passed"] and "recognised" in few["notes"][0]
     assert not many["passed"] and "recognised" in many["reasons"][0]
+
+
+@pytest.mark.parametrize(("name", "word"), [("failure_rate", "failures"), ("identity_kept", "identity"), ("curl_agreement", "curl")])
+def test_what_could_not_be_judged_is_noted(name: str, word: str) -> None:
+    figures = _figures()
+    del figures[name]
+    verdict = gate.decide(figures, GateConfig(profile="evidence"))["evidence"]
+    assert verdict["passed"] and any(f"{word} was not judged" in note or f"{word} were not judged" in note for note in verdict["notes"])
 
 
 def test_failures_above_the_cap_that_may_be_chance_are_noted() -> None:

@@ -20,11 +20,19 @@ if TYPE_CHECKING:
 
 
 def rebuilt(checkpoint: checkpoints.Checkpoint) -> Any:
-    """The network of a Stage 2 checkpoint, in the precision of its training, in eval mode."""
-    from backend.training.models.bundle import filled
+    """The network of a Stage 2 checkpoint, in the precision of its training, in eval mode.
+
+    Raises InvalidArtifactError when its header describes no network, or its tensors are not, finite, those of that network.
+    """
+    from backend.training.models.bundle import check_tensors, filled
     from backend.training.models.stage2_unet import network_of
 
-    return filled(network_of(checkpoint.header), checkpoint.weights)
+    try:
+        network = network_of(checkpoint.header)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InvalidArtifactError(f"{checkpoint.weights_path}: its header describes no network that can be built: {error!r}") from error
+    check_tensors(checkpoint.weights_path, checkpoint.weights, network.state_dict())
+    return filled(network, checkpoint.weights)
 
 
 def contents(config: Config, checkpoint: checkpoints.Checkpoint, model: Any, encoder: Any) -> Contents:

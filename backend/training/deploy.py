@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +22,24 @@ def previous_path(target: Path) -> Path:
 
 def deploy(candidate: Path, target: Path) -> None:
     """Puts a checked bundle in place of the deployed one, which is kept as ``*.previous.safetensors``. The candidate is gone afterwards."""
-    if target.is_file():
-        with artifacts.replacing(previous_path(target)) as spare:
-            os.link(target, spare)
-    candidate.replace(target)
-    artifacts.sync_folder(target.parent)
-    write_card(target)
+    with _card_of(candidate, target):
+        if target.is_file():
+            with artifacts.replacing(previous_path(target)) as spare:
+                os.link(target, spare)
+        candidate.replace(target)
+        artifacts.sync_folder(target.parent)
 
 
-def write_card(target: Path) -> None:
-    """Writes the model card beside the bundle, from the bundle's own header."""
-    artifacts.write_text(target.with_suffix(".md"), model_card(artifacts.read_header(target)))
+@contextlib.contextmanager
+def _card_of(bundle: Path, target: Path) -> Iterator[None]:
+    """Puts the model card of ``bundle`` beside ``target`` once the block has put the bundle there.
+
+    The card is written before the block runs, so that a disk too full for it leaves the old bundle with the old card.
+    """
+    card = model_card(artifacts.read_header(bundle))
+    with artifacts.replacing(target.with_suffix(".md")) as fresh:
+        fresh.write_text(card, encoding="utf-8")
+        yield
 
 
 def rollback(config: Config) -> dict[str, Any]:
@@ -48,14 +57,13 @@ def rollback(config: Config) -> dict[str, Any]:
     with artifacts.folder_lock(config.paths.models):
         artifacts.remove_stale_temporaries(config.paths.models)
         digest = load_bundle(previous, config.paths.weights).sha256
-        with artifacts.replacing(previous) as withdrawn:
+        with _card_of(previous, target), artifacts.replacing(previous) as withdrawn:
             if target.is_file():
                 os.link(target, withdrawn)
                 previous.replace(target)
             else:
                 os.link(previous, withdrawn)
                 os.link(previous, target)
-        write_card(target)
     deployed = {"path": results.shown_path(target), "sha256": digest, "rolled_back": True}
     summary = config.paths.report / "summary.json"
     if summary.is_file():  # so that a later run does not take the withdrawn model for the deployed one

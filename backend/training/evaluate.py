@@ -82,7 +82,7 @@ class Evaluator:
         self._each = ThreadedMap(settings.workers)
         prepared = Prepared(config.paths.processed)
         rows = prepared.rows(settings.split)
-        self.pairs = pairs.read(settings.pairs, rows) if settings.pairs else pairs.draw(rows, settings)
+        self.pairs = pairs.read(settings.pairs, rows, settings.protocol) if settings.pairs else pairs.draw(rows, settings)
         self._stored = pairs.stored(self.pairs, settings, prepared.digest)
         self._parser = HairParser(config.paths.weights, device=device_and_dtype(config)[0])
         self._reader = SceneReader(config, prepared, self._each)
@@ -212,7 +212,8 @@ class Evaluator:
         merged = {method: {**transfer.get(method, {}), **same.get(method, {})} for method in {**transfer, **same}}
         ours = merged.pop("ours")
         protocol = pairs.PROTOCOLS[settings.protocol]
-        published = {"published": {"source": protocol.source, **protocol.published}} if protocol.published else {}
+        published = {"published": self._beside_published(protocol, min(map(len, records.values())))} if protocol.published else {}
+        unmeasured = {name: "no pair has what it is measured on" for name in figures.BY_NAME if name not in ours}
         deployed = {"deployed": merged["deployed"]} if "deployed" in merged else {}
         return {
             "protocol": PROTOCOL,
@@ -223,6 +224,7 @@ class Evaluator:
             "samples_reconstruction": len(records["reconstruction"]),
             "samples_reconstruction_wanted": protocol.samples or settings.samples_reconstruction,
             "heads": len({record.pair.head for record in records["transfer"]}),
+            "heads_reconstruction": len({record.pair.head for record in records["reconstruction"]}),
             "pairs_sha256": hashlib.sha256(json.dumps(self._stored, sort_keys=True).encode()).hexdigest(),
             "picture_side": protocol.side or self.config.data.resolution,
             "lpips_backbone": self._instruments.backbone,
@@ -239,9 +241,20 @@ class Evaluator:
                 kind: figures.sliced(found, [f.name for f in figures.FIGURES if f.protocol != _NOT_IN[kind]], settings)
                 for kind, found in records.items()
             },
-            "absent": self._instruments.absent,
+            "absent": {**unmeasured, **self._instruments.absent},
             **published,
         }
+
+    def _beside_published(self, protocol: pairs.Protocol, samples: int) -> dict[str, Any]:
+        """The published figures, and why ours cannot be held against them (``not_comparable``, empty where they can)."""
+        why = []
+        if protocol.samples is not None and samples < protocol.samples:
+            why.append(f"{samples} pairs, {protocol.samples} are the protocol's")
+        if protocol.side is not None and self.config.data.resolution < protocol.side:
+            why.append(f"photos were prepared at {self.config.data.resolution} px and enlarged, {protocol.side} px are the protocol's")
+        if self._instruments.backbone != "vgg16":
+            why.append(f"the LPIPS network is '{self._instruments.backbone}'")
+        return {"source": protocol.source, **protocol.published, "not_comparable": why}
 
 
 _NOT_IN = {"transfer": "reconstruction", "reconstruction": "transfer"}

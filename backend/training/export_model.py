@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from backend import artifacts, console, weights
 from backend.config import Config
-from backend.errors import DeepHairError, InvalidArtifactError, MissingInputError, require_all
+from backend.errors import DeepHairError, InvalidArtifactError, MissingInputError, UsageError, require_all
 from backend.training import candidate, checkpoints, results
 from backend.training.stage2_files import PREFIX, require_texture_encoder, texture_encoder_path
 
@@ -150,7 +150,9 @@ def _painter_to_measure(config: Config) -> tuple[Any, str]:
 
 
 def with_force(config: Config, reason: str) -> Config:
-    """The configuration with ``--force REASON`` taken in."""
+    """The configuration with ``--force REASON`` taken in. Raises UsageError for a reason that says nothing."""
+    if reason and not reason.strip():
+        raise UsageError("--force needs a reason: it stands in the bundle, the report and the model card", hint='--force "why"')
     return config.model_copy(update={"gate": config.gate.model_copy(update={"force": reason})}) if reason else config
 
 
@@ -241,8 +243,8 @@ def _export(config: Config, digest: str) -> dict[str, Any]:
     if checkpoint is None:
         raise InvalidArtifactError(f"no checkpoint in {config.paths.checkpoints} is whole", hint="train again; see the warnings above")
     logger.info("evaluating %s", checkpoint.weights_path.name)
-    model, encoder = candidate.rebuilt(checkpoint), load_texture_encoder(texture_encoder_path(config))
     try:
+        model, encoder = candidate.rebuilt(checkpoint), load_texture_encoder(texture_encoder_path(config))
         check_networks(model, encoder)
     except InvalidArtifactError as error:
         raise GateClosedError(

@@ -121,9 +121,10 @@ def _published(figures: dict[str, Any]) -> str:
     published = figures.get("published")
     if not published:
         return ""
-    names = [name for name in published if name != "source"]
+    names = [name for name in published if name in BY_NAME]
     rows = [[BY_NAME[name].title, _shown(figures, name), f"{published[name]:g}"] for name in names]
-    short = "" if figures["samples"] >= figures["samples_wanted"] else "Fewer pairs than the protocol asks for: not comparable. "
+    why = published["not_comparable"]
+    short = f"Not comparable: {'; '.join(why)}. " if why else ""
     return f"<h3>Beside published figures</h3>{html.table(['figure', 'ours', 'published'], rows)}<p class='soft'>{escape(short + published['source'])}</p>"
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from backend.config import GateConfig
 
 IDENTITY_KEPT = 0.95  # wanted share of results whose identity network says "the same person"; less is noted
+MIN_HEADS = 6  # 2 ** -heads, the chance that all heads agree by luck, is above the 2.5 % of an interval's end with fewer
 IDENTITY_LOST = 0.5  # a share that is below this beyond chance closes the gate
 _NAMES = {"lpips": "LPIPS", "masked_psnr": "PSNR in the hair", "hair_color_delta_e": "hair colour difference (CIEDE2000)",
           "hair_length_error": "hair length error (face heights)"}  # fmt: skip
@@ -75,6 +76,13 @@ def _evidence(figures: dict[str, Any], settings: GateConfig) -> tuple[list[str],
     """
     reasons, notes = [], []
     base = figures["baselines"]
+    for protocol, heads in (("transfer", figures["heads"]), ("reconstruction", figures["heads_reconstruction"])):
+        if heads < MIN_HEADS:
+            reasons.append(f"the {protocol} pairs are of {heads} heads; intervals over fewer than {MIN_HEADS} say nothing")
+    if base["bald"]["lpips_gain_ci"] == base["bald"]["masked_psnr_gain_ci"] == [0.0, 0.0]:
+        reasons.append("the results are the bald images: no hair is painted")
+    if base["shuffled_reference"]["mean_abs_change"] == 0:
+        reasons.append("the results are the same whatever the reference: the model ignores it")
     if figures["outside_max_abs_diff"] != 0:
         reasons.append(f"pixels outside the mask changed by up to {figures['outside_max_abs_diff']}")
     for name, figure in (
@@ -93,24 +101,42 @@ def _evidence(figures: dict[str, Any], settings: GateConfig) -> tuple[list[str],
         (notes if name == "crop_paste" else reasons).extend(lacking)
     reasons += curl_reasons + _far_from_the_ceiling(figures, settings)
     notes += curl_notes
-    if figures.get("failure_rate", 0.0) > settings.failure_max:
-        beyond_chance = figures["failure_rate_ci"][0] > settings.failure_max
-        (reasons if beyond_chance else notes).append(
-            f"{figures['failure_rate']:.1%} of the results are no picture or show no face that the detector finds; {settings.failure_max:.0%} are "
-            f"the cap (interval {figures['failure_rate_ci'][0]:.1%} to {figures['failure_rate_ci'][1]:.1%})"
-        )
-    if figures.get("identity_kept", 1.0) < IDENTITY_KEPT:
-        (reasons if figures["identity_kept_ci"][1] < IDENTITY_LOST else notes).append(
-            f"{figures['identity_kept']:.1%} of the results are recognised as their person, {IDENTITY_KEPT:.0%} are wanted "
-            f"(similarity above {figures['identity_different_people_p95']:.3f}, the 95th percentile of different people)"
-        )
-    return reasons, notes
+    failed_reasons, failed_notes = _failures(figures, settings)
+    lost_reasons, lost_notes = _identity(figures)
+    return reasons + failed_reasons + lost_reasons, notes + failed_notes + lost_notes
+
+
+def _failures(figures: dict[str, Any], settings: GateConfig) -> tuple[list[str], list[str]]:
+    """Above the cap is a reason where it is so beyond chance, else a note."""
+    if "failure_rate" not in figures:
+        return [], ["failures were not judged: the detector finds a face in none of the photos themselves"]
+    if figures["failure_rate"] <= settings.failure_max:
+        return [], []
+    low, high = figures["failure_rate_ci"]
+    said = [
+        f"{figures['failure_rate']:.1%} of the results are no picture or show no face that the detector finds; {settings.failure_max:.0%} are "
+        f"the cap (interval {low:.1%} to {high:.1%})"
+    ]
+    return ([], said) if low <= settings.failure_max else (said, [])
+
+
+def _identity(figures: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """Lost identities are a reason where most are lost beyond chance, else a note."""
+    if "identity_kept" not in figures:
+        return [], ["identity was not judged: too few photos show an intact face"]
+    if figures["identity_kept"] >= IDENTITY_KEPT:
+        return [], []
+    said = [
+        f"{figures['identity_kept']:.1%} of the results are recognised as their person, {IDENTITY_KEPT:.0%} are wanted "
+        f"(similarity above {figures['identity_different_people_p95']:.3f}, the 95th percentile of different people)"
+    ]
+    return ([], said) if figures["identity_kept_ci"][1] >= IDENTITY_LOST else (said, [])
 
 
 def _curl(figures: dict[str, Any]) -> tuple[list[str], list[str]]:
     """Against the shuffled reference, pair by pair; without a gain it is a reason only where the VAE lets Stage 1 read curl at all."""
     if "curl_agreement" not in figures:
-        return [], []
+        return [], ["curl was not judged: no reference photo has a curl label"]
     shuffled, ceiling = figures["baselines"]["shuffled_reference"], figures["ceiling_vae"]
     lacking = _no_gain(shuffled, "curl_agreement_gain", "curl agreement against shuffled_reference")
     if not lacking or not _not_below(shuffled, ceiling, "curl_agreement", ""):

@@ -162,7 +162,7 @@ def _spread(rows: list[Row], count: int, seed: int, purpose: str) -> list[Row]:
 
 
 def _checked(pairs: PairSet) -> PairSet:
-    """Refuses pairs that give the answer away: the target as its own reference, or a transfer within one head."""
+    """Refuses pairs that give the answer away (the target as its own reference, a transfer within one head) and baselines of other targets."""
     for pair in (*pairs.transfer, *pairs.reconstruction):
         if pair.target["id"] == pair.reference["id"] or pair.target["sha256"] == pair.reference["sha256"]:
             raise InvalidArtifactError(f"the pair {pair.target['id']} / {pair.reference['id']} has the target itself as its reference")
@@ -172,6 +172,12 @@ def _checked(pairs: PairSet) -> PairSet:
     for pair in pairs.reconstruction:
         if (pair.target["source"], pair.target["phase"]) != (pair.reference["source"], pair.reference["phase"]):
             raise InvalidArtifactError(f"the reconstruction pair {pair.target['id']} / {pair.reference['id']} is not of one hairstyle")
+    for kind, own, other in (
+        ("shuffled", pairs.transfer, pairs.shuffled),
+        ("reconstruction_shuffled", pairs.reconstruction, pairs.reconstruction_shuffled),
+    ):
+        if [pair.target["id"] for pair in own] != [pair.target["id"] for pair in other]:
+            raise InvalidArtifactError(f"the targets of '{kind}' are not those of the pairs that they are held against")
     return pairs
 
 
@@ -219,8 +225,10 @@ def stored(pairs: PairSet, settings: EvaluateConfig, data_digest: str) -> dict[s
     }  # fmt: skip
 
 
-def read(path: Path, rows: Sequence[Row]) -> PairSet:
-    """Stored pairs on the present data. Raises InvalidArtifactError when the file is none, or names photos that the split lacks."""
+def read(path: Path, rows: Sequence[Row], protocol: str = "standard") -> PairSet:
+    """Stored pairs on the present data. Raises InvalidArtifactError when the file is none, names photos that the split lacks, or holds
+    pairs of another protocol than ``protocol``, whose figures would be shown as that protocol's.
+    """
     content = artifacts.read_json(path)
     known = {row["id"]: row for row in rows}
     try:
@@ -232,6 +240,11 @@ def read(path: Path, rows: Sequence[Row]) -> PairSet:
         ) from error
     except (TypeError, ValueError) as error:
         raise InvalidArtifactError(f"{path} holds no stored pairs: {error}") from error
+    if content.get("protocol") != protocol:
+        raise InvalidArtifactError(
+            f"{path} holds pairs of the protocol '{content.get('protocol')}', asked for is '{protocol}'",
+            hint=f"leave out evaluate.pairs, or set evaluate.protocol={content.get('protocol')}",
+        )
     whole = len(found.transfer) == len(found.shuffled) > 0 and len(found.reconstruction) == len(found.reconstruction_shuffled) > 0
     if not whole:
         raise InvalidArtifactError(f"{path} does not hold as many shuffled references as pairs, or no pair at all")

@@ -120,7 +120,7 @@ def read_bundle(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     header = artifacts.read_header(path)
     _check_header(path, header)
     tensors = artifacts.load_tensors(path)
-    _check_tensors(path, tensors, _wanted(path, header))
+    check_tensors(path, tensors, _wanted(path, header))
     if content_digest(tensors) != header["content_sha256"]:
         raise InvalidArtifactError(f"{path}: the tensors do not match the hash in the header", hint="the file was changed; deploy it again")
     return header, tensors
@@ -148,7 +148,7 @@ def load_bundle(path: Path, weights: Path | None = None) -> Bundle:
 
 def filled(model: HairInpaintingUNet, tensors: Mapping[str, torch.Tensor]) -> HairInpaintingUNet:
     """A network on the meta device with these tensors as its weights, in their own precision, frozen and in eval mode."""
-    model.load_state_dict(dict(tensors), assign=True)
+    model.load_state_dict({name: artifacts.aligned(value) for name, value in tensors.items()}, assign=True)
     return model.eval().requires_grad_(False)
 
 
@@ -200,7 +200,8 @@ def _wanted(path: Path, header: dict[str, Any]) -> dict[str, Any]:
     return wanted | {_ENCODER + name: value for name, value in encoder.state_dict().items()}
 
 
-def _check_tensors(path: Path, tensors: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> None:
+def check_tensors(path: Path, tensors: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> None:
+    """Refuses tensors that are not those of ``wanted`` by name and shape, or not finite: InvalidArtifactError with the first one's name."""
     missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
     if missing:
         raise InvalidArtifactError(f"{path}: {len(missing)} tensors are missing, first '{missing[0]}'")

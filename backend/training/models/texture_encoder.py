@@ -77,7 +77,8 @@ class TextureEncoder(nn.Module):
             encoder = cls(layers)
         expected = encoder.state_dict()
         _refuse_mismatch(expected, tensors, f"texture encoder of layers {tuple(layers)}")
-        encoder.load_state_dict({name: _as_stored(tensors[name], like) for name, like in expected.items()}, assign=True)
+        own = {name: artifacts.aligned(_as_stored(tensors[name], like)) for name, like in expected.items()}
+        encoder.load_state_dict(own, assign=True)
         encoder.mean, encoder.std = torch.tensor(_IMAGENET_MEAN).view(1, 3, 1, 1), torch.tensor(_IMAGENET_STD).view(1, 3, 1, 1)
         return encoder.eval()
 
