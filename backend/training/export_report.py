@@ -86,7 +86,7 @@ def _headline(figures: dict[str, Any]) -> str:
         ("hair_color_delta_e", "hair colour off the reference's (CIEDE2000)", ("no_op", "shuffled_reference")),
         ("curl_agreement", "of the results curl as their reference", ("shuffled_reference", "ceiling_reference")),
         ("lpips", "LPIPS to the truth", ("bald", "ceiling_vae")),
-        ("identity_kept", "are recognised as their person", ("bald",)),
+        ("identity_kept", f"of {figures['identity_samples']} intact faces are recognised as their person", ("bald",)),
     )
     shown = [
         (

@@ -141,7 +141,7 @@ def row(figures: Sequence[str]) -> str:
 
 def details(title: str, text: str) -> str:
     """A folded block of preformatted text."""
-    return folded(title, f"<pre>{escape(text)}</pre>")
+    return folded(title, f'<pre tabindex="0">{escape(text)}</pre>')
 
 
 def folded(title: str, inner: str) -> str:
