@@ -36,7 +36,7 @@ td.n,th.n{text-align:right}
 td small{display:block;color:var(--soft);white-space:nowrap;font-weight:400}
 .first tbody tr:first-child{font-weight:600}
 nav{display:flex;flex-wrap:wrap;gap:.2rem 1.1rem;margin:1rem 0}
-.tiles{display:grid;gap:.8rem;grid-template-columns:repeat(auto-fit,minmax(200px,1fr));margin:1rem 0;padding:0;list-style:none}
+.tiles{display:grid;gap:.8rem;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));margin:1rem 0;padding:0;list-style:none}
 .tiles li{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:.7rem 1rem;font-size:.9rem}
 .tiles b{display:block;font-size:1.5rem;font-variant-numeric:tabular-nums}
 figure{margin:0}
