@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import warnings
 from pathlib import Path
@@ -25,6 +26,7 @@ from backend.training.models.bundle import load_bundle
 from backend.training.models.perceptual import AlexNet
 from backend.training.prepared import Prepared, Sample
 from backend.tryon import conditioning
+from backend.tryon.painter import Painter
 from tests.conftest import World
 
 
@@ -343,7 +345,7 @@ def test_models_without_skill_are_refused_and_figures_do_not_depend_on_the_threa
     found = Evaluator(config, ignoring).run(lambda: _StandIn(config, _bald))  # the second as if it were in production
     verdict = gate.decide(found.figures, config.gate)
     against = " ".join(verdict["evidence"]["reasons"])
-    assert not verdict["evidence"]["passed"] and "against shuffled_reference" in against
+    assert not verdict["evidence"]["passed"] and "against shuffled_reference" in against and "the model ignores it" in against
     assert found.figures["baselines"]["shuffled_reference"]["mean_abs_change"] == 0.0
     assert {"lpips_gain", "masked_psnr_gain", "hair_color_delta_e_gain"} <= set(found.figures["deployed"])
     assert found.figures["outside_max_abs_diff"] == 0 and 0.0 <= found.figures["failure_rate"] <= 1.0
@@ -356,8 +358,51 @@ def test_models_without_skill_are_refused_and_figures_do_not_depend_on_the_threa
     bald = Evaluator(other, _StandIn(config, _bald)).run()
     assert bald.figures["baselines"]["bald"]["lpips_gain_ci"] == [0.0, 0.0]
     reasons = " ".join(gate.decide(bald.figures, config.gate)["evidence"]["reasons"])
+    assert "no hair is painted" in reasons
     assert "reconstruction LPIPS against bald" in reasons and "way from the bald image" in reasons
     assert len(bald.transfer.first) == config.evaluate.pictures and bald.reconstruction.worst
+
+
+SMALL = {"evaluate__samples": 2, "evaluate__samples_reconstruction": 2, "evaluate__steps": 1, "evaluate__pictures": 1}
+
+
+@pytest.mark.long
+def test_two_runs_of_a_trained_model_give_identical_figures(finished_world: World) -> None:
+    """Through the UNet itself, read back from its file each time: another number of workers changes no bit, other batches the last digits."""
+
+    def measured(**changes: object) -> dict[str, Any]:
+        config = finished_world.config(**SMALL, **changes)
+        return Evaluator(config, Painter.of_bundle(load_bundle(config.paths.bundle), config)).run().figures
+
+    once = measured(evaluate__workers=1)
+    assert json.dumps(measured(evaluate__workers=3), sort_keys=True) == json.dumps(once, sort_keys=True)
+    alone = measured(evaluate__batch_size=1)
+    assert alone["pairs_sha256"] == once["pairs_sha256"]
+    for name in ("lpips", "masked_psnr", "hair_color_delta_e"):
+        assert alone[name] == pytest.approx(once[name], rel=1e-3)
+
+
+def test_a_model_that_paints_no_picture_fails_every_time(finished_world: World) -> None:
+    config = finished_world.config(**SMALL)
+    model = _StandIn(config, _bald)
+    model.paint = lambda requests, **_: torch.full((len(requests), 3, 128, 128), torch.nan)  # type: ignore[method-assign]
+    found = Evaluator(config, model).run()
+    assert found.figures["failure_rate"] == 1.0 and found.figures["identity_kept"] == 0.0
+    assert all(result.view.failed == "flat_output" for result in found.transfer.first) and found.transfer.failed
+    reasons = gate.decide(found.figures, config.gate)["evidence"]["reasons"]
+    assert any("100.0% of the results are no picture" in reason for reason in reasons)
+    assert any("whatever the reference" in reason for reason in reasons)
+
+
+def test_hairfusions_protocol_runs_by_its_name_and_says_why_it_is_not_comparable(finished_world: World) -> None:
+    few = dataclasses.replace(pairs.PROTOCOLS["hairfusion"], samples=3)
+    with mock.patch.dict(pairs.PROTOCOLS, hairfusion=few):
+        config = finished_world.config(**SMALL, evaluate__protocol="hairfusion")
+        found = Evaluator(config, _StandIn(config, _one_for_all)).run().figures
+    assert (found["protocol_name"], found["picture_side"], found["samples"]) == ("hairfusion", 512, 3)
+    assert found["published"]["psnr"] == 21.15 and "fid" in found["absent"]
+    why = " ".join(found["published"]["not_comparable"])
+    assert "prepared at 128 px" in why and "'miniature'" in why
 
 
 def test_a_region_that_leaves_hair_out_is_caught(finished_world: World) -> None:
@@ -382,7 +427,9 @@ def test_stored_pairs_are_evaluated_again(finished_world: World) -> None:
     assert pairs.read(report / "pairs.json", rows) == pairs.draw(rows, config.evaluate)
     samples = artifacts.read_json(report / "samples.json")
     assert [[s["target"], s["reference"]] for s in samples["transfer"]] == stored["transfer"]
-    summary = artifacts.read_json(report / "summary.json")["evaluation"]
+    whole = artifacts.read_json(report / "summary.json")
+    assert gate.decide(whole["evaluation"], config.gate) == whole["gate"]  # the verdict is what its figures say
+    summary = whole["evaluation"]
     mean = np.mean([s["figures"]["ours"]["hair_color_delta_e"] for s in samples["transfer"]])
     assert summary["hair_color_delta_e"] == pytest.approx(mean)
     assert {"lpips_alex", "clip_i", "dino_hair", "fid", "fid_clip"} <= set(summary["absent"])

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 PROTOCOL = "reconstruction: other view of the same hair as reference, text from the label; transfer: another head's hair, neutral text"
 BASELINES = ("no_op", "bald", "crop_paste", "colour_transfer", "shuffled_reference", "no_conditioning")
 HOLD_THE_TRUTH = ("no_op", "colour_transfer")  # in reconstruction they start from the very photo that is to be made
-WORST = 4  # pairs shown as worst cases, per protocol
+WORST = 4  # pairs shown as worst cases, and as failed ones, per protocol
 
 
 @dataclass(frozen=True)
@@ -46,15 +46,18 @@ class Result:
 
 @dataclass
 class Kept:
-    """The first results of a protocol and its worst ones; the other pictures are dropped once they are measured."""
+    """The first results of a protocol, its worst ones and some that failed; the other pictures are dropped once they are measured."""
 
     figure: str
     count: int
     first: list[Result] = field(default_factory=list)
     worst: list[Result] = field(default_factory=list)
+    failed: list[Result] = field(default_factory=list)
 
     def add(self, result: Result) -> None:
-        """Takes a result in, if it is one of the first or worst."""
+        """Takes a result in, if it is one of the first or worst, or failed."""
+        if result.record.values["ours"].get("failure_rate") == 1.0 and len(self.failed) < WORST:
+            self.failed.append(result)
         if len(self.first) < self.count:
             self.first.append(result)
         if self.figure in result.record.values["ours"]:

@@ -23,6 +23,8 @@ _TITLES = {
     "shuffled_reference": "shuffled reference", "no_conditioning": "no conditioning", "deployed": "deployed before",
     "ceiling_vae": "VAE alone", "ceiling_reference": "reference itself",
 }  # fmt: skip
+_PLACES = (("figures", "Figures"), ("transfer", "Transfer"), ("reconstruction", "Reconstruction"), ("worst", "The worst results"),
+           ("slices", "Slices"), ("made", "How it was made"))  # fmt: skip
 _SLICED = {"transfer": ("hair_color_delta_e", "curl_agreement", "identity_kept"), "reconstruction": ("lpips", "masked_psnr", "ssim")}
 
 
@@ -31,23 +33,29 @@ def write(config: Config, summary: dict[str, Any], evaluation: Evaluation) -> No
     figures = summary["evaluation"]
     parts = [
         _verdict(summary),
+        _headline(figures),
         _weights(summary),
         _links(),
-        "<h2>Figures</h2>",
+        html.contents(_PLACES),
+        _heading("figures"),
         _legend(figures),
         *(_table(figures, protocol) for protocol in ("transfer", "preservation", "reconstruction")),
         _absent(figures),
         _published(figures),
-        "<h2>Transfer: another person's hair</h2><p>The prompt says nothing of hair; only the reference photo speaks.</p>",
+        _heading("transfer", ": another person's hair"),
+        "<p>The prompt says nothing of hair; only the reference photo speaks.</p>",
         *map(_row, evaluation.transfer.first),
-        "<h2>Reconstruction: the same head from another view</h2><p>The target's own photo is the truth.</p>",
+        _heading("reconstruction", ": the same head from another view"),
+        "<p>The target's own photo is the truth.</p>",
         *map(_row, evaluation.reconstruction.first),
-        "<h2>The worst results</h2>",
+        _heading("worst"),
         "<p>Those furthest from the reference's colour, then those furthest from the truth by LPIPS.</p>",
         *(_row(result, figure=kept.figure) for kept in (evaluation.transfer, evaluation.reconstruction) for result in kept.worst),
-        "<h2>Slices</h2><p>What small groups show can be chance: look at the counts and the intervals.</p>",
+        *_failed(evaluation.transfer.failed),
+        _heading("slices"),
+        "<p>What small groups show can be chance: look at the counts and the intervals.</p>",
         *(_slices(figures, kind) for kind in _SLICED),
-        "<h2>How it was made</h2>",
+        _heading("made"),
         _stages(summary["stages"]),
         *_curves(config),
         html.details("environment", json.dumps(summary["environment"], indent=2)),
@@ -67,6 +75,31 @@ def picture_sheet(results: Sequence[Result]) -> NDArray[np.uint8]:
 # ---- words ----
 
 
+def _heading(place: str, more: str = "") -> str:
+    return f'<h2 id="{place}">{escape(dict(_PLACES)[place] + more)}</h2>'
+
+
+def _headline(figures: dict[str, Any]) -> str:
+    """What everybody asks first: is it the reference's colour and curl, is it near the truth, and is the rest left alone."""
+    held = {**figures["baselines"], **{name: figures[name] for name in ("ceiling_vae", "ceiling_reference")}}
+    wanted = (
+        ("hair_color_delta_e", "hair colour off the reference's (CIEDE2000)", ("no_op", "shuffled_reference")),
+        ("curl_agreement", "of the results curl as their reference", ("shuffled_reference", "ceiling_reference")),
+        ("lpips", "LPIPS to the truth", ("bald", "ceiling_vae")),
+        ("identity_kept", f"of {figures['identity_samples']} intact faces are recognised as their person", ("bald",)),
+    )
+    shown = [
+        (
+            _value(figures, name),
+            what,
+            ", ".join(f"{_TITLES[other]} {_value(held[other], name)}" for other in against if name in held[other]),
+        )
+        for name, what, against in wanted
+        if name in figures
+    ]
+    return html.tiles([*shown, (str(figures["outside_max_abs_diff"]), "largest change of any byte outside the mask", "0 is wanted")])
+
+
 def _verdict(summary: dict[str, Any]) -> str:
     gate = summary["gate"]
     kind = "good" if gate["passed"] else "bad"
@@ -77,12 +110,13 @@ def _verdict(summary: dict[str, Any]) -> str:
     else:
         lead = "Not passed; not deployed. What was deployed before stays."
     lines = [f"<p><strong>{escape(lead)}</strong> The profile <em>{gate['profile']}</em> decides.</p>"]
-    for profile in ("design", "evidence"):
+    for profile in sorted(("design", "evidence"), key=lambda name: name != gate["profile"]):  # the one that decides comes first
         verdict = gate[profile]
         mark = '<span class="good">passed</span>' if verdict["passed"] else '<span class="bad">not passed</span>'
         reasons = "".join(f"<li>{escape(text)}</li>" for text in verdict["reasons"])
         notes = "".join(f"<li>noted: {escape(text)}</li>" for text in verdict["notes"])
-        lines.append(f"<p>Profile {profile}: {mark}</p>" + (f"<ul>{reasons}{notes}</ul>" if reasons or notes else ""))
+        role = "" if profile == gate["profile"] else " (decides nothing here)"
+        lines.append(f"<p>Profile {profile}{role}: {mark}</p>" + (f"<ul>{reasons}{notes}</ul>" if reasons or notes else ""))
     return f'<div class="verdict {kind}">{"".join(lines)}</div>'
 
 
@@ -143,19 +177,24 @@ def _table(figures: dict[str, Any], protocol: str) -> str:
             rows.append([_TITLES.get(name, name) + mark, *(_shown(values, figure.name) for figure in wanted)])
     note = f'<p class="soft">Largest change outside the mask, which must be 0: {figures["outside_max_abs_diff"]}.</p>'
     titles = [f"{figure.title}\u00a0{_arrow(figure)}" for figure in wanted]
-    return f"<h3>{protocol.capitalize()}</h3>{html.table([protocol, *titles], rows)}{note if protocol == 'preservation' else ''}"
+    return f"<h3>{protocol.capitalize()}</h3>{html.table(['method', *titles], rows, label=protocol, first=True)}{note if protocol == 'preservation' else ''}"
 
 
 def _arrow(figure: Figure) -> str:
     return "↑" if figure.better > 0 else "↓"
 
 
-def _shown(values: dict[str, Any], name: str) -> str:
+def _value(values: dict[str, Any], name: str) -> str:
+    return format(values[name], BY_NAME[name].form)
+
+
+def _shown(values: dict[str, Any], name: str) -> html.Measured | str:
     if name not in values:
         return ""
-    interval = values.get(f"{name}_ci")
-    text = f"{values[name]:.3f}" + (f" [{interval[0]:.3f},\u00a0{interval[1]:.3f}]" if interval else "")
-    return text + (f" (n\u00a0{values[f'{name}_n']})" if f"{name}_n" in values else "")
+    interval, form = values.get(f"{name}_ci"), BY_NAME[name].form
+    beside = f"[{interval[0]:{form}}, {interval[1]:{form}}]" if interval else ""
+    counted = f" n {values[f'{name}_n']}" if f"{name}_n" in values else ""
+    return html.Measured(_value(values, name), beside + counted)
 
 
 def _slices(figures: dict[str, Any], kind: str) -> str:
@@ -165,12 +204,17 @@ def _slices(figures: dict[str, Any], kind: str) -> str:
         for slice_name, values in figures["slices"][kind].items()
         for value, found in values.items()
     ]
-    return f"<h3>{kind.capitalize()}</h3>{html.table([f'{kind} slice', 'pairs', 'heads', *(BY_NAME[n].title for n in names)], rows)}"
+    columns = [f"{kind} slice", "pairs", "heads", *(BY_NAME[name].title for name in names)]
+    return html.folded(f"{kind}: by {', '.join(figures['slices'][kind])}", html.table(columns, rows))
 
 
 def _stages(stages: dict[str, dict[str, Any]]) -> str:
     rows = [
-        [name, *(_text(values.get("seconds")),), ", ".join(f"{k} {_text(v)}" for k, v in values.items() if k != "seconds")]
+        [
+            name,
+            *(_text(values.get("seconds")),),
+            ", ".join(f"{k.replace('_', ' ')} {_text(v)}" for k, v in values.items() if k != "seconds"),
+        ]
         for name, values in stages.items()
     ]
     return html.table(["stage", "seconds", "what it says"], rows, numeric=False)
@@ -186,16 +230,26 @@ def _text(value: object) -> str:
 def _row(result: Result, *, figure: str = "") -> str:
     scene, view = result.scene, result.view
     values = result.record.values["ours"]
-    said = f" ({BY_NAME[figure].title} {values[figure]:.3f})" if figure else ""
+    said = f" ({BY_NAME[figure].title} {_value(values, figure)})" if figure else ""
+    if values.get("failure_rate"):
+        said += f", failed: {view.failed or 'no face is found in it'}"
     mask = np.zeros_like(view.hair) if view.mask is None else (view.mask * 255).round().astype(np.uint8)
     pictures = [
-        html.picture(scene.target.photo, f"target {scene.target.id}" + (", the truth" if "lpips" in values else "")),
+        html.picture(scene.target.photo, f"target {scene.target.id}"),
         html.picture(scene.reference.photo, f"reference {scene.reference.id}"),
         html.picture(mask, "what was changed"),
         html.picture(scene.head.bald, "hair taken out"),
-        html.picture(view.picture, f"result{said}" + (f", failed: {view.failed}" if view.failed else "")),
+        html.picture(view.picture, f"result{said}"),
     ]
+    if "lpips" in values:  # reconstruction: beside the result once more, where the eye compares
+        pictures.append(html.picture(scene.target.photo, "truth"))
     return html.row(pictures)
+
+
+def _failed(results: Sequence[Result]) -> list[str]:
+    if not results:
+        return []
+    return ["<p>Results that failed: no picture, or no face that the detector finds.</p>", *map(_row, results)]
 
 
 def _curves(config: Config) -> list[str]:

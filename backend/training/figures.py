@@ -13,33 +13,34 @@ from backend.training.pairs import Pair, slices_of
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure of a protocol. better: which way is better, +1 up, -1 down."""
+    """One figure of a protocol. better: which way is better, +1 up, -1 down. form: how a report writes it."""
 
     name: str
     protocol: str
     title: str
     better: int
+    form: str = ".3f"
 
 
 FIGURES = (
     Figure("lpips", "reconstruction", "LPIPS, whole picture", -1),
     Figure("lpips_alex", "reconstruction", "LPIPS (AlexNet), whole picture", -1),
-    Figure("masked_psnr", "reconstruction", "PSNR in the hair, dB", +1),
-    Figure("psnr", "reconstruction", "PSNR, whole picture, dB", +1),
+    Figure("masked_psnr", "reconstruction", "PSNR in the hair, dB", +1, ".2f"),
+    Figure("psnr", "reconstruction", "PSNR, whole picture, dB", +1, ".2f"),
     Figure("ssim", "reconstruction", "SSIM, whole picture", +1),
-    Figure("hair_color_delta_e", "transfer", "hair colour against the reference, CIEDE2000", -1),
-    Figure("curl_agreement", "transfer", "curl class as in the reference, by Stage 1", +1),
-    Figure("volume_agreement", "transfer", "volume class as in the reference, by Stage 1", +1),
-    Figure("hair_length_error", "transfer", "hair length against the reference, face heights", -1),
+    Figure("hair_color_delta_e", "transfer", "hair colour against the reference, CIEDE2000", -1, ".1f"),
+    Figure("curl_agreement", "transfer", "curl class as in the reference, by Stage 1", +1, ".0%"),
+    Figure("volume_agreement", "transfer", "volume class as in the reference, by Stage 1", +1, ".0%"),
+    Figure("hair_length_error", "transfer", "hair length against the reference, face heights", -1, ".2f"),
     Figure("clip_i", "transfer", "CLIP-I of the hair", +1),
     Figure("dino_hair", "transfer", "DINOv2 similarity of the hair", +1),
-    Figure("fid", "transfer", "FID", -1),
-    Figure("fid_clip", "transfer", "FID_CLIP", -1),
-    Figure("failure_rate", "transfer", "results without a face, or no picture", -1),
-    Figure("psnr_non_hair", "preservation", "PSNR outside old and new hair, dB", +1),
+    Figure("fid", "transfer", "FID", -1, ".2f"),
+    Figure("fid_clip", "transfer", "FID_CLIP", -1, ".2f"),
+    Figure("failure_rate", "transfer", "results without a face, or no picture", -1, ".1%"),
+    Figure("psnr_non_hair", "preservation", "PSNR outside old and new hair, dB", +1, ".2f"),
     Figure("ssim_non_hair", "preservation", "SSIM outside old and new hair", +1),
     Figure("identity_similarity", "preservation", "identity similarity of target and result", +1),
-    Figure("identity_kept", "preservation", "results more alike than 95 % of different people", +1),
+    Figure("identity_kept", "preservation", "results more alike than 95 % of different people", +1, ".1%"),
 )
 BY_NAME = {figure.name: figure for figure in FIGURES}
 GAINS = ("lpips", "masked_psnr", "hair_color_delta_e", "hair_length_error", "curl_agreement")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Sequence
 from html import escape
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -32,9 +33,16 @@ th,td{border-bottom:1px solid var(--line);padding:.4rem .7rem;text-align:left;ve
 th{font-weight:600}
 .scroll tr>:first-child{position:sticky;left:0;background:var(--card)}
 td.n,th.n{text-align:right}
+td small{display:block;color:var(--soft);white-space:nowrap;font-weight:400}
+.first tbody tr:first-child{font-weight:600}
+nav{display:flex;flex-wrap:wrap;gap:.2rem 1.1rem;margin:1rem 0}
+.tiles{display:grid;gap:.8rem;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));margin:1rem 0;padding:0;list-style:none}
+.tiles li{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:.7rem 1rem;font-size:.9rem}
+.tiles b{display:block;font-size:1.5rem;font-variant-numeric:tabular-nums}
 figure{margin:0}
 img{display:block;max-width:100%;height:auto;border-radius:4px;image-rendering:auto}
 figcaption{font-size:.82rem;color:var(--soft);margin-top:.2rem}
+.curve{margin:1.2rem 0}
 .row{display:grid;gap:.6rem;grid-template-columns:repeat(auto-fit,minmax(110px,1fr));margin:.6rem 0;
 padding:.7rem;background:var(--card);border:1px solid var(--line);border-radius:8px}
 details{margin:.8rem 0}
@@ -52,14 +60,45 @@ def page(title: str, body: Sequence[str], *, lead: str = "") -> str:
     )
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, numeric: bool = True) -> str:
-    """A table; all columns but the first are right-aligned when ``numeric``."""
+class Measured(NamedTuple):
+    """A cell's value, and below it, smaller, what goes with it: an interval, a count."""
+
+    value: str
+    beside: str
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, numeric: bool = True, label: str = "", first: bool = False) -> str:
+    """A table; all columns but the first are right-aligned when ``numeric``. first: the first row is set off from those it is held against.
+
+    label: its name for screen readers, the first column's title where there is none; no two on a page may be called the same.
+    """
     mark = ["", *[' class="n"' if numeric else ""] * (len(columns) - 1)]
     head = "".join(f'<th{m} scope="col">{escape(c)}</th>' for c, m in zip(columns, mark, strict=True))
-    lines = "".join("<tr>" + "".join(f"<td{m}>{escape(str(v))}</td>" for v, m in zip(row, mark, strict=True)) + "</tr>" for row in rows)
+    lines = "".join("<tr>" + "".join(f"<td{m}>{_cell(v)}</td>" for v, m in zip(row, mark, strict=True)) + "</tr>" for row in rows)
     # a table that is wider than a phone scrolls by itself, and can be scrolled by keyboard
-    inner = f"<table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>"
-    return f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(columns[0])}">{inner}</div>'
+    kind = ' class="first"' if first else ""
+    inner = f"<table{kind}><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>"
+    return f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(label or columns[0])}">{inner}</div>'
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, Measured):
+        return escape(value.value) + (f"<small>{escape(value.beside)}</small>" if value.beside else "")
+    return escape(str(value))
+
+
+def contents(places: Sequence[tuple[str, str]]) -> str:
+    """Links to parts of the page, from (id, title)."""
+    links = "".join(f'<a href="#{place}">{escape(title)}</a>' for place, title in places)
+    return f'<nav aria-label="contents">{links}</nav>'
+
+
+def tiles(shown: Sequence[tuple[str, str, str]]) -> str:
+    """The few figures that everybody asks for, large, from (value, what it is, what it is held against)."""
+    inner = "".join(
+        f"<li><b>{escape(value)}</b>{escape(what)}<br><span class='soft'>{escape(against)}</span></li>" for value, what, against in shown
+    )
+    return f'<ul class="tiles">{inner}</ul>'
 
 
 def picture(image: NDArray[np.uint8], caption: str, *, side: int = 192) -> str:
@@ -87,10 +126,11 @@ def curve(title: str, points: Sequence[tuple[float, float]]) -> str:
     line = " ".join(f"{20 + 560 * (s - first) / width:.1f},{24 + 116 * (high - v) / span:.1f}" for s, v in zip(steps, values, strict=True))
     text = 'font-size="13" fill="currentColor"'
     return (
-        f'<figure><svg viewBox="0 0 600 170" width="600" role="img" aria-label="{escape(title)}" style="max-width:100%;height:auto">'
+        f'<figure class="curve"><figcaption>{escape(title)}</figcaption>'
+        f'<svg viewBox="0 0 600 170" width="600" role="img" aria-label="{escape(title)}" style="max-width:100%;height:auto">'
         f'<polyline points="{line}" fill="none" stroke="currentColor" stroke-width="2"/>'
         f'<text x="20" y="15" {text}>{high:.4g}</text><text x="20" y="162" {text}>{low:.4g}</text>'
-        f'<text x="580" y="162" text-anchor="end" {text}>step {last:g}</text></svg><figcaption>{escape(title)}</figcaption></figure>'
+        f'<text x="580" y="162" text-anchor="end" {text}>step {last:g}</text></svg></figure>'
     )
 
 
@@ -101,4 +141,9 @@ def row(figures: Sequence[str]) -> str:
 
 def details(title: str, text: str) -> str:
     """A folded block of preformatted text."""
-    return f"<details><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>"
+    return folded(title, f'<pre tabindex="0">{escape(text)}</pre>')
+
+
+def folded(title: str, inner: str) -> str:
+    """Something already escaped that opens when its title is pressed."""
+    return f"<details><summary>{escape(title)}</summary>{inner}</details>"
