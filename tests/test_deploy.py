@@ -20,6 +20,7 @@ from backend.training.models.bundle import check_networks, contents_of, load_bun
 from backend.training.models.stage2_unet import SDXL_UNET_CONFIG, HairInpaintingUNet, empty_unet
 from backend.training.models.texture_encoder import new_encoder
 from backend.training.stage2_files import PREFIX
+from backend.tryon.painter import align
 from tests.conftest import World
 
 NAME = "deep_hair_v1"
@@ -138,6 +139,19 @@ def test_rollback_swaps_the_two_and_back(finished_world: World, tmp_path: Path, 
     with pytest.raises(InvalidArtifactError):
         deploy.rollback(world.config())
     assert artifacts.sha256_file(target) == second
+
+
+@pytest.mark.parametrize("length", range(0, 64, 8))
+def test_where_a_file_puts_its_weights_changes_no_bit_of_what_they_compute(tmp_path: Path, length: int) -> None:
+    """A bundle's header is longer than its checkpoint's, so its tensors begin elsewhere; on a CPU a product with one row can tell."""
+    torch.manual_seed(0)
+    layer, row = torch.nn.Linear(1280, 128), torch.randn(1, 1280)
+    artifacts.save_tensors(tmp_path / "layer.safetensors", layer.state_dict(), {"config": "x" * length})
+    loaded = torch.nn.Linear(1280, 128)
+    loaded.load_state_dict(artifacts.load_tensors(tmp_path / "layer.safetensors"), assign=True)
+    align(loaded)
+    assert all(parameter.data_ptr() % 64 == 0 for parameter in loaded.parameters())
+    assert torch.equal(loaded(row), layer(row))
 
 
 def test_the_model_card_says_what_the_header_says(finished_world: World) -> None:
