@@ -32,6 +32,7 @@ State = Literal["ok", "warning", "missing"]
 
 _REPORTED = 0.95  # of its nominal size is the least that a card reports of its memory: 11.76 GiB of 12 (training_memory.md, section 1.2)
 _TORCH_SECONDS = 120.0  # importing torch takes a few; a machine that is busy may take longer, which is no fault of torch
+_FONT_SECONDS = 20.0  # a machine's first call builds the font cache
 _COUNT_SECONDS = 3.0  # after which counting files stops and says "at least"
 _TORCH = """
 import json, torch
@@ -80,6 +81,7 @@ def examine(config: Config, config_file: str | None = None) -> list[Line]:
         disk_line(config, min(photos[0], config.data.limit or photos[0])),
         *mount_lines(config),
         shared_memory_line(config),
+        font_line(),
         *weight_lines(config, option, miniature),
         *start_lines(config, miniature),
         *dataset_lines(config, photos, miniature),
@@ -214,6 +216,23 @@ def shared_memory_line(config: Config) -> Line:
     if size < 1 << 30 and config.texture.workers:
         return Line("shared memory", "warning", f"{path} has {size / 1e6:.0f} MB", "docker run --shm-size 2g, or texture.workers=0")
     return Line("shared memory", "ok", f"{path} has {size / 1e9:.1f} GB")
+
+
+def font_line() -> Line:
+    """Whether a browser on this machine can show the Korean of the labels in the reports; DeepHair itself draws no text."""
+    lister = shutil.which("fc-list")
+    if lister is None:
+        return Line("fonts", "ok", "no fontconfig, so no browser here: open the reports on another machine")
+    try:
+        found = subprocess.run(
+            [lister, ":lang=ko", "family"], capture_output=True, text=True, check=False, timeout=_FONT_SECONDS
+        ).stdout.strip()
+    except subprocess.TimeoutExpired:
+        return Line("fonts", "warning", f"fc-list has not answered within {_FONT_SECONDS:.0f} s", "fc-cache -f")
+    if found:
+        return Line("fonts", "ok", f"{found.splitlines()[0]} has the Korean letters of the reports")
+    says = "none has Korean letters: a browser on this machine shows boxes for them in the reports"
+    return Line("fonts", "warning", says, "sudo apt install fonts-noto-cjk")
 
 
 def weight_lines(config: Config, option: str, miniature: str) -> Iterator[Line]:

@@ -6,7 +6,6 @@ stands on the line before a block (a blank line between is allowed) and takes on
 
     needs a card | needs data | needs the internet | needs a server | needs several machines | needs a quiet machine (a benchmark)
                                        and any of these joined by ' and '
-    takes long                         run by the long tests alone
     covered by tests/FILE.py::TEST     run in full there; several joined by commas
     none                               the block is a tree, a listing or a program's text
 

@@ -1,12 +1,14 @@
 """The command line: quick help, exit codes, one message for a mistake."""
 
 import json
+import logging
 import subprocess
 import sys
 import time
 
 import pytest
 
+from backend import console
 from backend.config import load_config
 from backend.training.memory_plan import memory_plan
 
@@ -76,3 +78,23 @@ def test_the_memory_plan_needs_no_weight_and_counts_sdxl_exactly() -> None:
     assert f"{2_567_478_084 + injector:,} parameters" in plan["lines"][0]["name"]
     exact = memory_plan(load_config(overrides=["train.preset=full-exact", "paths.weights=/nonexistent"]))
     assert exact["total_gib"] > 40
+
+
+def test_progress_says_the_rate_and_the_time_left_of_this_run_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    with caplog.at_level(logging.INFO):
+        progress = console.Progress("photos", 7_300, unit="photo", every_s=5)
+        progress.start_at(40)  # done by an earlier run
+        now[0] += 2
+        progress.update(4)  # too early for a line
+        now[0] += 8
+        progress.update(16)
+        now[0] += 1
+        progress.update(7_240)
+    assert [record.getMessage() for record in caplog.records] == [
+        "photos: 60/7300 photo, 2 photo/s, 1 h 0 min left",
+        "photos: 7300/7300 photo, 660 photo/s, took 11 s",
+    ]

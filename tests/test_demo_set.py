@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from backend.config import REPO_ROOT, load_config
 from backend.demo import khairstyle_set
 from backend.demo.camera import Camera
 from backend.demo.hair import grow
@@ -28,6 +30,8 @@ from backend.demo.portraits import (
     sample_identity,
     sample_scene,
 )
+from backend.training.data_processing.names import folders_of
+from backend.training.data_processing.split import SplitRecord, assign_splits
 from backend.training.training_face import is_blurred
 
 HEADS, VIEWS, SIZE = 4, 6, 128
@@ -338,3 +342,28 @@ def test_a_blurred_face_is_told_from_an_intact_one(size: int, seeds: Sequence[in
         hair = filled(mask_rings(drawn.parsing == HAIR, size / 320), size) * np.uint8(255)  # as coarse as a label's polygon
         assert not is_blurred(filed(drawn.image), face, hair), seed
         assert is_blurred(filed(blur_face(drawn.image, ring)), face, hair), seed
+
+
+def test_the_person_of_the_readme_s_first_picture_is_in_the_demo() -> None:
+    """The photo that README tries hair on: seen from the front, with an intact face, of a head that the demo does not train on."""
+    said = (REPO_ROOT / "README.md").read_text(encoding="utf-8")
+    (stem,) = set(re.findall(r"images/\*/\*/\*/([A-Z]+\d+-\d+)\.jpg", said))
+    heads, seed = khairstyle_set.DEMO["heads"], khairstyle_set.DEMO["seed"]
+    sources = [*khairstyle_set._sources(heads, seed), *khairstyle_set._ab_pair(heads, seed)]
+    shots = [
+        shot
+        for number, source in enumerate(sources)
+        for shot in khairstyle_set._shots(source, number, khairstyle_set.DEMO["views"], khairstyle_set.DEMO["size"], seed)
+    ]
+    number, shot = next((number, shot) for number, shot in enumerate(shots, 1) if shot.stem == stem)
+    assert shot.source.intact and shot.yaw == 0 and shot.phase == "after"
+    assert number % 23 != 5 and number % 31 != 7, "its suffix is .jpg, not .JPG or .jpeg"
+    config = load_config(REPO_ROOT / "configs/demo.yaml")
+    folders = [folders_of(Path(source.folder) / "x.jpg") for source in sources]
+    records = [
+        SplitRecord(source.name, source.name, source.prefix, folder.index, folder.basestyle, None, None)
+        for source, folder in zip(sources, folders, strict=True)
+    ]
+    assert assign_splits(records, seed=config.data.seed, fractions=config.data.split)[shot.source.name][1] == "test"
+    for picture in re.findall(r"backend/app/static/gallery/\S+\.webp", said):
+        assert (REPO_ROOT / picture).is_file()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shlex
@@ -17,7 +18,6 @@ from tests.documents import NEEDS, Block, blocks, command_of, documents, inline_
 
 BLOCKS = [block for path in documents() for block in blocks(path)]
 RUN = [block for block in BLOCKS if not block.mark]
-LONG = [block for block in BLOCKS if block.mark == "takes long"]
 COMMANDS = [block for block in BLOCKS if block.mark != "none" and block.fence in (None, "", "sh", "bash")]
 _PLACEHOLDER = re.compile(r"^[A-Z_]{2,}(\.\.\.)?$|ID$")
 
@@ -42,10 +42,19 @@ def test_a_block_without_a_mark_runs_as_it_stands(block: Block) -> None:
     _run(block)
 
 
-@pytest.mark.long  # full benchmarks and plans of the largest networks
-@pytest.mark.parametrize("block", LONG, ids=_ids(LONG))
-def test_a_block_that_takes_long_runs_as_it_stands(block: Block) -> None:
-    _run(block)
+@pytest.mark.long  # two plans of the largest network; in this process, which has loaded torch and diffusers for other tests
+def test_the_memory_plans_of_the_training_page(caplog: pytest.LogCaptureFixture) -> None:
+    """The page's two commands run, and the table of presets says what they print."""
+    name = "test_the_memory_plans_of_the_training_page"
+    (block,) = (block for block in BLOCKS if block.file == "docs/training.md" and name in block.mark)
+    page = (REPO_ROOT / "docs/training.md").read_text(encoding="utf-8")
+    for command, row in zip(block.commands, ("`full-12gb` (default)", "`full-8gb`"), strict=True):
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            assert cli.main(shlex.split(command)[1:]) == 0
+        (total,) = re.findall(r"^ *([\d.]+) GiB +in all", caplog.text, re.MULTILINE)
+        (told,) = re.findall(rf"^\| {re.escape(row)} \|.* ([\d.]+) at batch \d \|$", page, re.MULTILINE)
+        assert told == f"{float(total):.1f}", row
 
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.mark], ids=_ids([block for block in BLOCKS if block.mark]))
@@ -61,7 +70,7 @@ def test_a_mark_says_what_is_needed_or_which_test_covers_the_block(block: Block)
                 f"{block.name}: no {place}"
             )
     else:
-        assert block.mark in ("takes long", "none"), f"{block.name}: '{block.mark}' is no mark, see tests/documents.py"
+        assert block.mark == "none", f"{block.name}: '{block.mark}' is no mark, see tests/documents.py"
 
 
 def _complain(command: str) -> str:

@@ -150,6 +150,29 @@ def test_the_shared_memory_of_a_container(tmp_path: Path, monkeypatch: pytest.Mo
     assert doctor.shared_memory_line(_config(tmp_path, "texture.workers=0")).state == "ok"
 
 
+@pytest.mark.parametrize(
+    ("script", "state", "says"),
+    [
+        ("echo 'Noto Sans CJK KR'", "ok", "Noto Sans CJK KR has the Korean"),
+        ("true", "warning", "none has Korean letters"),
+        ("exec sleep 60", "warning", "has not answered"),
+        (None, "ok", "no fontconfig"),
+    ],
+)
+def test_fonts_for_the_korean_in_the_reports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str | None, state: str, says: str
+) -> None:
+    if says == "has not answered":
+        monkeypatch.setattr(doctor, "_FONT_SECONDS", 0.5)
+    if script is not None:
+        (tmp_path / "fc-list").write_text(f'#!/bin/sh\n[ "$1" = :lang=ko ] || exit 1\n{script}\n')
+        (tmp_path / "fc-list").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin" if script else str(tmp_path))
+    line = doctor.font_line()
+    assert line.state == state and says in line.says
+    assert (line.mend != "") == (state == "warning")
+
+
 def test_an_old_python(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor.python_line().state == "ok"
     monkeypatch.setattr(doctor.platform, "python_version", lambda: "3.10.14")

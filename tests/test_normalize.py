@@ -83,6 +83,29 @@ def test_a_download_is_sorted(download: Path, tmp_path: Path) -> None:
     assert len(index_dataset(out / "training/images", out / "training/labels").pairs) == 2
 
 
+@pytest.mark.parametrize("edition", ["0001.hqset", "0002.mqset", "0003.rawset"])
+@pytest.mark.parametrize(
+    "places",
+    [
+        ("mqset/images/{}", "mqset/labels/{}"),  # the authors' zips
+        ("K-Hairstyle/Training/rawset/images/{}", "K-Hairstyle/Training/rawset/labels/{}"),
+        ("원천데이터/{}", "라벨링데이터/{}"),  # AI-Hub
+        ("{}", "{}"),  # photos and labels in one folder
+    ],
+)
+def test_every_edition_in_every_packaging_goes_to_its_folder(tmp_path: Path, edition: str, places: tuple[str, str]) -> None:
+    head = f"{edition}/0001.가르마/0126.CP032677"
+    path = tmp_path / "download.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        put(archive, f"{places[0].format(head)}/CP032677-001.jpg", jpeg(1))
+        put(archive, f"{places[1].format(head)}/CP032677_001.json", label(1))
+    normalize([path], tmp_path / "data")
+    assert files(tmp_path / "data") == {
+        f"training/images/{head}/CP032677-001.jpg": jpeg(1),
+        f"training/labels/{head}/CP032677_001.json": label(1),
+    }
+
+
 def test_dry_run_writes_nothing_and_says_the_same(download: Path, tmp_path: Path) -> None:
     planned = normalize([download], tmp_path / "data", dry_run=True)
     assert not (tmp_path / "data").exists()
