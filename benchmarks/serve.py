@@ -7,7 +7,10 @@
 ``overhead``: share of the time from the first byte of the upload to the last of the picture that is not the pipeline's own, job by job.
 ``health``: /healthz while jobs run, as a multiple of an idle server's, with the model in the HTTP process and in one of its own; the two
 are measured in turn. ``paths``: one head crop by diffusers' StableDiffusionXLInpaintPipeline with the same UNet, VAE, text encoders, steps
-and guidance, and by ours, in turn. Times of a busy machine are compared only within a run.
+and guidance, and by ours, in turn: nothing remembered, prompt remembered, prompt and reference remembered, in few steps (LCM's sampler
+without guidance; a fused LoRA costs nothing, so the path is timed whether there is one or not), with offload (on a card), compiled.
+``references``: whole try-ons of one photo with a reference that is new each time and with one that is remembered. Times of a busy machine are
+compared only within a run.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ if __name__ == "__main__":  # run as a file: the checkout must be importable
 
 import argparse
 import contextlib
+import dataclasses
 import http.client
 import importlib.metadata
 import json
@@ -183,6 +187,8 @@ def paths(config: Config, options: argparse.Namespace) -> dict[str, Any]:
     from backend.tryon import conditioning
     from backend.tryon.painter import PaintRequest
     from backend.tryon.pipeline import TryOn
+    from backend.tryon.placement import Placement
+    from backend.tryon.remembered import Remembered
 
     tryon = TryOn.load(config)
     painter, side = tryon._painter, int(tryon.header["resolution"])
@@ -195,6 +201,7 @@ def paths(config: Config, options: argparse.Namespace) -> dict[str, Any]:
     prompt = "a photo of a person with long wavy black hair"
     guidance = config.sample.guidance
     sampler = painter.sampler
+    known = painter.style_features(style)
     folder = conditioning.inpainting_folder(config.paths.weights)
     parameter = next(sampler.model.unet.parameters())
     plain = StableDiffusionXLInpaintPipeline.from_pretrained(
@@ -210,17 +217,35 @@ def paths(config: Config, options: argparse.Namespace) -> dict[str, Any]:
             guidance_scale=guidance, generator=torch.Generator().manual_seed(0), output_type="pt",
         )  # fmt: skip
 
-    def by_us(steps: int) -> Callable[[], None]:
+    def by_us(steps: int = options.steps, guidance: float = guidance, look: Any = known, **changes: Any) -> Callable[[], None]:
         def paint() -> None:
-            painter.paint([PaintRequest(head, style, None, prompt, 0)], steps=steps, guidance=guidance)
+            painter.sampler = dataclasses.replace(sampler, **changes)
+            painter.paint([PaintRequest(head, look, None, prompt, 0)], steps=steps, guidance=guidance)
 
         return paint
 
-    arms = {"diffusers": by_diffusers, "ours, prompt remembered": by_us(options.steps), f"ours, {options.few} steps": by_us(options.few)}
+    def forgetful() -> None:
+        painter._remembered = Remembered(1)
+        by_us(look=style)()
+
+    arms = {
+        "diffusers": by_diffusers,
+        "ours, nothing remembered": forgetful,
+        "ours, prompt remembered": by_us(look=style),
+        "ours, prompt and reference remembered": by_us(),
+        f"ours, lcm, {options.few} steps": by_us(options.few, 1.0, few_step="lcm"),
+    }
     times = measured(arms, options.repeats, parameter.device)
+    if parameter.device.type == "cuda":  # by itself: it leaves the networks at rest
+        times |= measured(
+            {"ours, offload": by_us(placement=Placement(parameter.device, torch.device("cpu")))}, options.repeats, parameter.device
+        )
     if options.compile:
-        sampler.model.unet.compile()
-        times |= measured({"ours, compiled": by_us(options.steps)}, options.repeats, parameter.device)
+        sampler.model.to(parameter.device)
+        sampler.vae.to(parameter.device)
+        painter.compile(side, guidance)
+        compiled = {"ours, compiled": by_us(), f"ours, compiled, lcm, {options.few} steps": by_us(options.few, 1.0, few_step="lcm")}
+        times |= measured(compiled, options.repeats, parameter.device)
     reference = statistics.median(times["diffusers"])
     return {
         name: {
@@ -230,6 +255,25 @@ def paths(config: Config, options: argparse.Namespace) -> dict[str, Any]:
         }
         for name, values in times.items()
     }
+
+
+def references(config: Config, options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of a whole try-on: detection, masks, painting, paste-back; with a reference seen for the first time, and again."""
+    from backend.tryon.painter import device_and_dtype
+    from backend.tryon.pipeline import REFERENCES, TryOn, TryOnRequest
+    from backend.tryon.remembered import Remembered
+
+    tryon, target, reference = TryOn.load(config), portrait(7), portrait(11)
+
+    def again() -> None:
+        tryon.run(TryOnRequest(target, reference, steps=options.steps))
+
+    def first() -> None:
+        tryon._references = Remembered(REFERENCES)
+        again()
+
+    times = measured({"new": first, "remembered": again}, options.repeats, device_and_dtype(config)[0])
+    return {name: {"seconds": round(statistics.median(values), 3), "runs": len(values)} for name, values in times.items()}
 
 
 def measured(arms: dict[str, Callable[[], None]], repeats: int, device: Any) -> dict[str, list[float]]:
@@ -261,7 +305,7 @@ def surroundings() -> dict[str, Any]:
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", help="overhead, health, paths (all without one); then key=value settings")
+    parser.add_argument("what", nargs="*", help="overhead, health, paths, references (all without one); then key=value settings")
     parser.add_argument("--config", default="configs/demo.yaml")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--few", type=int, default=4, help="steps of the few-step path; what they cost, not what they look like")
@@ -276,7 +320,7 @@ def main() -> int:
     config = load_config(options.config, options.overrides)
     if what[:1] == ["server"]:
         return serve(config, what[1])
-    wanted = what or ["overhead", "health", "paths"]
+    wanted = what or ["overhead", "health", "paths", "references"]
     report: dict[str, Any] = {"config": config.name, "steps": options.steps}
     photos = (encode_png(portrait(7)), encode_png(portrait(11)))
     if "health" in wanted:
@@ -289,6 +333,8 @@ def main() -> int:
             report["overhead"] = overhead(client, options, photos)
     if "paths" in wanted:
         report["paths"] = paths(config, options)
+    if "references" in wanted:
+        report["references"] = references(config, options)
     report["surroundings"] = surroundings()
     sys.stdout.write(json.dumps(report, indent=None if options.json else 2) + "\n")
     return 0
