@@ -280,6 +280,26 @@ def test_what_the_server_does_not_offer_is_not_shown(browser: Any, live: Live) -
         assert np.array_equal(live.engine.seen[-1].reference, LOOK)
 
 
+def test_a_few_step_server_offers_neither_strength_nor_steps(browser: Any, live: Live) -> None:
+    with visit(browser, live, words("en"), ready=False) as it:
+        page = it.page
+        told = live.client.get("/api/v1/models").json()
+        for few_step, hidden in ((None, False), ({"kind": "lcm", "sha256": "0" * 64}, True)):
+            page.unroute_all()
+            page.route("**/api/v1/models", lambda route, few_step=few_step: route.fulfill(json=told | {"sampling": {"few_step": few_step}}))
+            with page.expect_response("**/api/v1/models"), page.expect_response("**/openapi.json"):
+                page.reload()
+            it.drop("target", PHOTO)
+            it.drop("reference", LOOK)
+            page.wait_for_selector(f"#target-note:has-text('{it.words['oneFace']}')")
+            page.click("details summary")
+            assert page.locator("#seed").is_visible() and page.locator("#modes").is_visible()
+            for selector in ("#strength-field", "#steps-field"):
+                assert page.locator(selector).is_hidden() == hidden, selector
+        page.click("#start")
+        page.wait_for_selector("#actions:not([hidden])")
+
+
 def test_a_key_is_asked_for_once(browser: Any, tmp_path: Path) -> None:
     # the client's own look at /readyz needs no key
     with serving(app_config(tmp_path, api_key="open sesame")) as live, visit(browser, live, words("en"), ready=False) as it:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 from collections.abc import AsyncIterator, Callable
@@ -101,10 +102,9 @@ async def create_job(request: Request, response: Response, service: Server) -> J
         sampling_of(service.config.sample, options.steps, options.guidance, options.strength)
     except TryOnError as error:
         raise Problem.of(error) from error
-    target = await service.decoder.as_png(files["target"])
-    pictures = {TARGET_FILE: target.png}
-    if "reference" in files:
-        pictures[REFERENCE_FILE] = (await service.decoder.as_png(files["reference"])).png
+    photos = {TARGET_FILE: files["target"]} | ({REFERENCE_FILE: files["reference"]} if "reference" in files else {})
+    target, *others = await asyncio.gather(*map(service.decoder.as_png, photos.values()))  # side by side: a job waits for both
+    pictures = {name: kept.png for name, kept in zip(photos, (target, *others), strict=True)}
     if "mask" in files:
         pictures[BRUSH_FILE] = await service.decoder.mask_as_png(files["mask"], target)
     view = await run_in_threadpool(service.submit, options.model_dump(exclude_none=True), pictures)
