@@ -207,6 +207,19 @@ class SampleConfig(Section):
     guidance: Annotated[float, Field(ge=1, le=20)] = 2.0
     feather: Annotated[float, Field(ge=0, le=0.2)] = 0.02  # width of the soft edge, share of the crop's side
     controlnet_scale: Annotated[float, Field(ge=0, le=2)] = 0.0  # 0: the ControlNet is not loaded
+    # a distilled LoRA of paths.weights, with its own sampler: few_steps and guidance 1 instead of steps and guidance; docs/serving.md
+    few_step: Literal["none", "lcm", "lightning"] = "none"
+    few_steps: Annotated[int, Field(ge=1, le=8)] = 4  # lightning's file is of four
+    offload: bool = False  # each network is on the card only while it computes: slower, for cards of 8 GB
+    compile: bool = False  # torch.compile of the UNet when the server starts: minutes there, faster steps afterwards
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.few_step == "lightning" and self.few_steps != 4:
+            raise ValueError(f"sample.few_steps is {self.few_steps}; the LoRA of sample.few_step lightning is the one of 4 steps")
+        if self.offload and self.compile:
+            raise ValueError("sample.offload and sample.compile exclude each other: set one of the two")
+        return self
 
 
 class AppConfig(Section):

@@ -218,6 +218,28 @@ PARTS: tuple[Part, ...] = (
         optional=True,
         by_hand="train or choose one that reads the head-structure map; it is used where sample.controlnet_scale is above 0",
     ),
+    Part(
+        "lcm_lora",
+        "lcm-lora",
+        ("pytorch_lora_weights.safetensors",),
+        "latent-consistency/lcm-lora-sdxl",
+        "CreativeML Open RAIL++-M",
+        ("serve", "tryon"),
+        optional=True,
+        hub=Hub("latent-consistency/lcm-lora-sdxl", "main"),
+        gb=0.394,
+    ),
+    Part(
+        "lightning_lora",
+        "lightning-lora",
+        ("sdxl_lightning_4step_lora.safetensors",),
+        "ByteDance/SDXL-Lightning",
+        "CreativeML Open RAIL++-M",
+        ("serve", "tryon"),
+        optional=True,
+        hub=Hub("ByteDance/SDXL-Lightning", "main"),
+        gb=0.394,
+    ),
 )
 
 _BY_NAME = {part.name: part for part in PARTS}
@@ -235,6 +257,8 @@ def needed(config: Config) -> list[str]:
     names = {part.name for part in PARTS if not part.optional} - {"adaface"} | {config.identity_model}
     if config.sample.controlnet_scale > 0:
         names.add("controlnet")
+    if config.sample.few_step != "none":
+        names.add(f"{config.sample.few_step}_lora")
     return [part.name for part in PARTS if part.name in names]
 
 

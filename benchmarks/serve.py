@@ -4,10 +4,14 @@
     python benchmarks/serve.py paths --compile    only the pipeline, also compiled
     python benchmarks/serve.py --config configs/rtx3060.yaml --steps 30 --json
 
-``overhead``: share of the time from the first byte of the upload to the last of the picture that is not the pipeline's own, job by job.
+``overhead``: from the first byte of the upload to the last of the picture over HTTP, against the bare pipeline: the same bytes decoded,
+tried on and encoded in this process, in turn with the jobs and at the niceness of the server's model.
 ``health``: /healthz while jobs run, as a multiple of an idle server's, with the model in the HTTP process and in one of its own; the two
 are measured in turn. ``paths``: one head crop by diffusers' StableDiffusionXLInpaintPipeline with the same UNet, VAE, text encoders, steps
-and guidance, and by ours, in turn. Times of a busy machine are compared only within a run.
+and guidance, and by ours, in turn: nothing remembered, prompt remembered, prompt and reference remembered, in few steps (LCM's sampler
+without guidance; a fused LoRA costs nothing, so the path is timed whether there is one or not), with offload (on a card), compiled.
+``references``: whole try-ons of one photo with a reference that is new each time and with one that is remembered. Times of a busy machine are
+compared only within a run.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ if __name__ == "__main__":  # run as a file: the checkout must be importable
 
 import argparse
 import contextlib
+import dataclasses
 import http.client
 import importlib.metadata
 import json
@@ -107,8 +112,21 @@ def post(client: httpx.Client, options: argparse.Namespace, photos: tuple[bytes,
 
 
 def overhead(client: httpx.Client, options: argparse.Namespace, photos: tuple[bytes, bytes]) -> dict[str, Any]:
-    """Jobs one after the other, the first not counted."""
-    shares, whole = [], []
+    """Jobs one after the other, each followed by the same without a server; the first of both is not counted."""
+    from backend.app.engine_process import NICENESS
+    from backend.imaging.decode import decode_upload
+    from backend.tryon.pipeline import TryOn, TryOnRequest
+
+    tryon, most = TryOn.load(load_config(options.config, options.overrides)), 10**9
+    os.nice(NICENESS)
+
+    def without_server(seed: int) -> float:
+        start = time.perf_counter()
+        target, reference = (decode_upload(photo, max_pixels=most) for photo in photos)
+        encode_png(tryon.run(TryOnRequest(target, reference, seed=seed, steps=options.steps)).image)
+        return time.perf_counter() - start
+
+    bare, whole, inside = [], [], []
     for seed in range(options.jobs + 1):
         start = time.perf_counter()
         place = post(client, options, photos, seed)
@@ -118,15 +136,20 @@ def overhead(client: httpx.Client, options: argparse.Namespace, photos: tuple[by
         client.get(f"{place}/result").raise_for_status()
         seconds = time.perf_counter() - start
         job = client.get(place).json()
+        alone = without_server(seed)
         if seed:
             whole.append(seconds)
-            shares.append(1 - job["result"]["info"]["seconds"] / seconds)
+            bare.append(alone)
+            inside.append(job["result"]["info"]["seconds"])
+    added = [job - alone for job, alone in zip(whole, bare, strict=True)]
     return {
-        "jobs": len(shares),
+        "jobs": len(whole),
         "steps": options.steps,
         "seconds_of_a_job": round(statistics.median(whole), 3),
-        "share_beside_the_pipeline": round(statistics.median(shares), 4),
-        "worst": round(max(shares), 4),
+        "seconds_of_the_bare_pipeline": round(statistics.median(bare), 3),
+        "seconds_of_the_try_on_in_it": round(statistics.median(inside), 3),
+        "added_seconds": round(statistics.median(added), 3),
+        "added_share": round(statistics.median(added) / statistics.median(whole), 4),
     }
 
 
@@ -183,6 +206,8 @@ def paths(config: Config, options: argparse.Namespace) -> dict[str, Any]:
     from backend.tryon import conditioning
     from backend.tryon.painter import PaintRequest
     from backend.tryon.pipeline import TryOn
+    from backend.tryon.placement import Placement
+    from backend.tryon.remembered import Remembered
 
     tryon = TryOn.load(config)
     painter, side = tryon._painter, int(tryon.header["resolution"])
@@ -195,6 +220,7 @@ def paths(config: Config, options: argparse.Namespace) -> dict[str, Any]:
     prompt = "a photo of a person with long wavy black hair"
     guidance = config.sample.guidance
     sampler = painter.sampler
+    known = painter.style_features(style)
     folder = conditioning.inpainting_folder(config.paths.weights)
     parameter = next(sampler.model.unet.parameters())
     plain = StableDiffusionXLInpaintPipeline.from_pretrained(
@@ -210,17 +236,35 @@ def paths(config: Config, options: argparse.Namespace) -> dict[str, Any]:
             guidance_scale=guidance, generator=torch.Generator().manual_seed(0), output_type="pt",
         )  # fmt: skip
 
-    def by_us(steps: int) -> Callable[[], None]:
+    def by_us(steps: int = options.steps, guidance: float = guidance, look: Any = known, **changes: Any) -> Callable[[], None]:
         def paint() -> None:
-            painter.paint([PaintRequest(head, style, None, prompt, 0)], steps=steps, guidance=guidance)
+            painter.sampler = dataclasses.replace(sampler, **changes)
+            painter.paint([PaintRequest(head, look, None, prompt, 0)], steps=steps, guidance=guidance)
 
         return paint
 
-    arms = {"diffusers": by_diffusers, "ours, prompt remembered": by_us(options.steps), f"ours, {options.few} steps": by_us(options.few)}
+    def forgetful() -> None:
+        painter._remembered = Remembered(1)
+        by_us(look=style)()
+
+    arms = {
+        "diffusers": by_diffusers,
+        "ours, nothing remembered": forgetful,
+        "ours, prompt remembered": by_us(look=style),
+        "ours, prompt and reference remembered": by_us(),
+        f"ours, lcm, {options.few} steps": by_us(options.few, 1.0, few_step="lcm"),
+    }
     times = measured(arms, options.repeats, parameter.device)
+    if parameter.device.type == "cuda":  # by itself: it leaves the networks at rest
+        times |= measured(
+            {"ours, offload": by_us(placement=Placement(parameter.device, torch.device("cpu")))}, options.repeats, parameter.device
+        )
     if options.compile:
-        sampler.model.unet.compile()
-        times |= measured({"ours, compiled": by_us(options.steps)}, options.repeats, parameter.device)
+        sampler.model.to(parameter.device)
+        sampler.vae.to(parameter.device)
+        painter.compile(side, guidance)
+        compiled = {"ours, compiled": by_us(), f"ours, compiled, lcm, {options.few} steps": by_us(options.few, 1.0, few_step="lcm")}
+        times |= measured(compiled, options.repeats, parameter.device)
     reference = statistics.median(times["diffusers"])
     return {
         name: {
@@ -230,6 +274,25 @@ def paths(config: Config, options: argparse.Namespace) -> dict[str, Any]:
         }
         for name, values in times.items()
     }
+
+
+def references(config: Config, options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of a whole try-on: detection, masks, painting, paste-back; with a reference seen for the first time, and again."""
+    from backend.tryon.painter import device_and_dtype
+    from backend.tryon.pipeline import REFERENCES, TryOn, TryOnRequest
+    from backend.tryon.remembered import Remembered
+
+    tryon, target, reference = TryOn.load(config), portrait(7), portrait(11)
+
+    def again() -> None:
+        tryon.run(TryOnRequest(target, reference, steps=options.steps))
+
+    def first() -> None:
+        tryon._references = Remembered(REFERENCES)
+        again()
+
+    times = measured({"new": first, "remembered": again}, options.repeats, device_and_dtype(config)[0])
+    return {name: {"seconds": round(statistics.median(values), 3), "runs": len(values)} for name, values in times.items()}
 
 
 def measured(arms: dict[str, Callable[[], None]], repeats: int, device: Any) -> dict[str, list[float]]:
@@ -261,7 +324,7 @@ def surroundings() -> dict[str, Any]:
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", help="overhead, health, paths (all without one); then key=value settings")
+    parser.add_argument("what", nargs="*", help="overhead, health, paths, references (all without one); then key=value settings")
     parser.add_argument("--config", default="configs/demo.yaml")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--few", type=int, default=4, help="steps of the few-step path; what they cost, not what they look like")
@@ -276,7 +339,7 @@ def main() -> int:
     config = load_config(options.config, options.overrides)
     if what[:1] == ["server"]:
         return serve(config, what[1])
-    wanted = what or ["overhead", "health", "paths"]
+    wanted = what or ["overhead", "health", "paths", "references"]
     report: dict[str, Any] = {"config": config.name, "steps": options.steps}
     photos = (encode_png(portrait(7)), encode_png(portrait(11)))
     if "health" in wanted:
@@ -289,6 +352,8 @@ def main() -> int:
             report["overhead"] = overhead(client, options, photos)
     if "paths" in wanted:
         report["paths"] = paths(config, options)
+    if "references" in wanted:
+        report["references"] = references(config, options)
     report["surroundings"] = surroundings()
     sys.stdout.write(json.dumps(report, indent=None if options.json else 2) + "\n")
     return 0

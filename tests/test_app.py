@@ -324,6 +324,7 @@ def test_models_tell_what_is_loaded_and_nothing_of_the_machine(tmp_path: Path) -
             "miniature": True,
             "weights": {"face_detector": "miniature (trained, 9 steps)"},
             "bundle": {"gate": {"passed": True}},
+            "sampling": {},
         }
 
 

@@ -27,6 +27,7 @@ from backend.training.models.perceptual import AlexNet
 from backend.training.prepared import Prepared, Sample
 from backend.tryon import conditioning
 from backend.tryon.painter import Painter
+from backend.tryon.placement import STAYS
 from tests.conftest import World
 
 
@@ -322,7 +323,7 @@ class _StandIn:
         bundle = load_bundle(config.paths.bundle)
         vae = conditioning.load_vae(conditioning.inpainting_folder(config.paths.weights), device=torch.device("cpu"), dtype=torch.float32)
         self.texture_encoder = bundle.texture_encoder
-        self.sampler = SimpleNamespace(vae=vae, model=bundle.model)
+        self.sampler = SimpleNamespace(vae=vae, model=bundle.model, placement=STAYS)
         self._paint = paint
 
     def paint(self, requests: Any, *, steps: int, guidance: float) -> torch.Tensor:

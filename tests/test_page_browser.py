@@ -7,6 +7,7 @@ pytest -m long tests/test_page_browser.py
 from __future__ import annotations
 
 import base64
+import functools
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -159,7 +160,7 @@ def photos_and_area(it: Visit, phone: bool) -> None:
     it.press("Control+z")
     assert mask_pixels(page) == before
     page.click("#editor-done")
-    assert text_of(page, "#target-note") == it.words["areaMarked"]
+    page.wait_for_selector(f"#target-note:has-text('{it.words['areaMarked']}')")
 
 
 def mask_pixels(page: Any) -> int:
@@ -278,6 +279,30 @@ def test_what_the_server_does_not_offer_is_not_shown(browser: Any, live: Live) -
         page.click("#start")
         page.wait_for_selector("#actions:not([hidden])")
         assert np.array_equal(live.engine.seen[-1].reference, LOOK)
+
+
+def _answer(content: dict[str, Any], route: Any) -> None:
+    route.fulfill(json=content)
+
+
+def test_a_few_step_server_offers_neither_strength_nor_steps(browser: Any, live: Live) -> None:
+    with visit(browser, live, words("en"), ready=False) as it:
+        page = it.page
+        told = live.client.get("/api/v1/models").json()
+        for few_step, hidden in ((None, False), ({"kind": "lcm", "sha256": "0" * 64}, True)):
+            page.unroute_all()
+            page.route("**/api/v1/models", functools.partial(_answer, told | {"sampling": {"few_step": few_step}}))
+            with page.expect_response("**/api/v1/models"), page.expect_response("**/openapi.json"):
+                page.reload()
+            it.drop("target", PHOTO)
+            it.drop("reference", LOOK)
+            page.wait_for_selector(f"#target-note:has-text('{it.words['oneFace']}')")
+            page.click("details summary")
+            assert page.locator("#seed").is_visible() and page.locator("#modes").is_visible()
+            for selector in ("#strength-field", "#steps-field"):
+                assert page.locator(selector).is_hidden() == hidden, selector
+        page.click("#start")
+        page.wait_for_selector("#actions:not([hidden])")
 
 
 def test_a_key_is_asked_for_once(browser: Any, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 from collections.abc import AsyncIterator, Callable
@@ -40,6 +41,7 @@ from backend.app.uploads import (
 )
 from backend.config import Config
 from backend.imaging.decode import encode_png
+from backend.tryon.values import TryOnError, sampling_of
 
 STATIC = Path(__file__).parent / "static"
 
@@ -96,10 +98,13 @@ async def create_job(request: Request, response: Response, service: Server) -> J
     if "reference" not in files and not options.describes_hair():
         hint = "fill the field 'reference', 'prompt', 'length', 'curl', 'color' or 'bangs'"
         raise Problem("invalid_form", "A reference photo or a description of the hair is needed.", hint=hint)
-    target = await service.decoder.as_png(files["target"])
-    pictures = {TARGET_FILE: target.png}
-    if "reference" in files:
-        pictures[REFERENCE_FILE] = (await service.decoder.as_png(files["reference"])).png
+    try:
+        sampling_of(service.config.sample, options.steps, options.guidance, options.strength)
+    except TryOnError as error:
+        raise Problem.of(error) from error
+    photos = {TARGET_FILE: files["target"]} | ({REFERENCE_FILE: files["reference"]} if "reference" in files else {})
+    target, *others = await asyncio.gather(*map(service.decoder.as_png, photos.values()))  # side by side: a job waits for both
+    pictures = {name: kept.png for name, kept in zip(photos, (target, *others), strict=True)}
     if "mask" in files:
         pictures[BRUSH_FILE] = await service.decoder.mask_as_png(files["mask"], target)
     view = await run_in_threadpool(service.submit, options.model_dump(exclude_none=True), pictures)
@@ -194,10 +199,11 @@ _PUBLIC = ("format", "name", "step", "resolution", "base", "lora", "identity_mod
 def _models(service: Service) -> ModelsView:
     slot = service.slot
     if slot.current is None:
-        return ModelsView(loaded=False, bundle_sha256=None, miniature=None, weights={}, bundle={})
+        return ModelsView(loaded=False, bundle_sha256=None, miniature=None, weights={}, bundle={}, sampling={})
     known = {key: slot.current.header[key] for key in _PUBLIC if key in slot.current.header}
     sha256 = slot.current.bundle_sha256
-    return ModelsView(loaded=True, bundle_sha256=sha256, miniature=slot.miniature, weights=slot.weights, bundle=known)
+    sampling = slot.current.header.get("sampling", {})
+    return ModelsView(loaded=True, bundle_sha256=sha256, miniature=slot.miniature, weights=slot.weights, bundle=known, sampling=sampling)
 
 
 @api.get("/models")

@@ -78,7 +78,7 @@ class LocalEngine:
         failure: DeepHairError | None = None
         try:
             result = self._tryon.run(_request(options, pictures), on_step=on_step, cancelled=cancelled)
-            made = {RESULT_FILE: encode_png(result.image), MASK_FILE: encode_png(mask_to_bytes(result.mask))}
+            made = {RESULT_FILE: encode_png(result.image, quick=True), MASK_FILE: encode_png(mask_to_bytes(result.mask), quick=True)}
             height, width = result.image.shape[:2]
             return Finished(made, {"width": width, "height": height, "bundle_sha256": self.bundle_sha256, "info": result.info})
         except Stopped:

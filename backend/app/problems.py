@@ -38,6 +38,7 @@ PROBLEMS: dict[str, tuple[int, str]] = {
     "too_small": (422, "The picture or the face in it is too small"),
     "mask_size": (422, "The mask is not of the portrait's size"),
     "empty_mask": (422, "The mask lets nothing change"),
+    "few_step": (422, "The few-step model that is loaded cannot do that"),
     "invalid_form": (422, "A field of the form is missing or not valid"),
     "queue_full": (429, "The queue is full"),
     "busy": (429, "The server is busy"),

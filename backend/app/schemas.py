@@ -123,6 +123,7 @@ class ModelsView(BaseModel):
     miniature: bool | None
     weights: dict[str, str] = Field(description="The pretrained parts under it")
     bundle: dict[str, Any] = Field(description="The public part of the bundle's header")
+    sampling: dict[str, Any] = Field(description="Steps and guidance of a job that names none; the few-step LoRA and its sha256, or null")
 
 
 class GalleryEntry(BaseModel):

@@ -16,6 +16,7 @@ from backend.app.api import create_app
 from backend.app.service import Service
 from backend.config import Config
 from backend.errors import DeepHairError, MissingInputError
+from backend.machine import give_memory_back
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ def serve(config: Config) -> int:
 def run_app(config: Config, app: FastAPI) -> int:
     """``serve`` for an application that is made already."""
     service: Service = app.state.service
+    give_memory_back()
     listener = listen(config.app.host, config.app.port)
     port = listener.getsockname()[1]
     server = _Server(uvicorn_config(app), service)

@@ -198,7 +198,7 @@ def _decode(data: bytes, max_pixels: int) -> Pixels:
 
 def _as_png(data: bytes, max_pixels: int) -> Kept:
     image = _decode(data, max_pixels)
-    return Kept(encode_png(image, compression=1), *image.shape[:2])
+    return Kept(encode_png(image, quick=True), *image.shape[:2])
 
 
 def _mask_as_png(data: bytes, max_pixels: int, target: Kept) -> bytes:
@@ -207,7 +207,7 @@ def _mask_as_png(data: bytes, max_pixels: int, target: Kept) -> bytes:
         check_mask(mask, target.height, target.width)
     except DeepHairError as error:
         raise Problem.of(error) from error
-    return encode_png(mask, compression=1)
+    return encode_png(mask, quick=True)
 
 
 def form_schema(files: Mapping[str, str], required: tuple[str, ...], options: type[BaseModel]) -> dict[str, Any]:

@@ -137,7 +137,7 @@ class ScenePainter:
         """Photos through the VAE and back: what no UNet can improve on."""
         vae: Any = self.painter.sampler.vae
         decoded: list[Picture] = []
-        with torch.inference_mode():
+        with self.painter.sampler.placement.used(vae), torch.inference_mode():
             for photo in photos:
                 mean, _ = conditioning.encode_latents(vae, conditioning.to_tensor([photo]))
                 decoded += conditioning.to_pictures(conditioning.decode_latents(vae, mean))

@@ -16,6 +16,7 @@ from backend.config import Config
 from backend.errors import DeepHairError, MissingInputError, UsageError
 from backend.imaging.decode import decode_mask, decode_upload, encode_png
 from backend.tryon.pipeline import TryOn, TryOnRequest
+from backend.tryon.values import sampling_of
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ def try_on_files(config: Config, options: argparse.Namespace) -> int:
         return _try_on_folder(config, options, reference)
     request = _request(options, config, _read(options.photo, config), reference)
     request.check()  # before the model is loaded for nothing
+    sampling_of(config.sample, request.steps, request.guidance, request.strength)
     content = _paint(TryOn.load(config), config, options, request)
     if options.output == "-":
         sys.stdout.buffer.write(content)
@@ -52,7 +54,7 @@ def _try_on_folder(config: Config, options: argparse.Namespace, reference: NDArr
         try:
             content = _paint(tryon, config, options, _request(options, config, _read(str(photo), config), reference))
         except DeepHairError as error:
-            if error.code in ("nothing_to_try", "usage"):
+            if error.code in ("nothing_to_try", "usage", "few_step"):
                 raise
             failed += 1
             logger.warning("%s: %s", photo.name, error)
@@ -62,7 +64,7 @@ def _try_on_folder(config: Config, options: argparse.Namespace, reference: NDArr
 
 
 def _paint(tryon: TryOn, config: Config, options: argparse.Namespace, request: TryOnRequest) -> bytes:
-    progress = console.Progress("painting", request.steps or config.sample.steps, unit="step")
+    progress = console.Progress("painting", sampling_of(config.sample, request.steps, request.guidance, request.strength)[0], unit="step")
     result = tryon.run(request, on_step=lambda done, total: progress.update())
     if options.json:
         sys.stderr.write(json.dumps(result.info) + "\n")

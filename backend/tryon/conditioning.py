@@ -17,6 +17,7 @@ from backend.errors import InvalidArtifactError
 from backend.imaging import bald, crop, masks, structure
 from backend.training.models.stage2_unet import IDENTITY_WIDTH, Conditions
 from backend.training.models.texture_encoder import TextureEncoder
+from backend.tryon.placement import STAYS, Placement
 from backend.weights_load import load_network
 
 TOKENS = 77
@@ -81,7 +82,7 @@ def latent_mask(mask: torch.Tensor, latent_side: int) -> torch.Tensor:
 
 
 class TextEncoders:
-    """SDXL's two CLIP text encoders. Loaded when prompts must be encoded, dropped afterwards."""
+    """SDXL's two CLIP text encoders, ``encoders``, and their tokenizers."""
 
     def __init__(self, inpainting: Path, *, device: torch.device, dtype: torch.dtype) -> None:
         from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -92,19 +93,19 @@ class TextEncoders:
             ]
         except (OSError, ValueError) as error:
             raise InvalidArtifactError(f"the tokenizers in {inpainting} cannot be read: {error}") from error
-        self._encoders = [
+        self.encoders = [
             load_network(kind, inpainting / name, "the text encoder", dtype=dtype).to(device).eval()
             for kind, name in ((CLIPTextModel, "text_encoder"), (CLIPTextModelWithProjection, "text_encoder_2"))
         ]
-        self._device = device
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode(self, prompts: Sequence[str], placement: Placement = STAYS) -> tuple[torch.Tensor, torch.Tensor]:
         """Prompts as (B, 77, D) and pooled (B, P) on the CPU in float32: the next-to-last layer of both (arXiv 2307.01952, 2.1)."""
         hidden, pooled = [], torch.empty(0)
-        for tokenizer, encoder in zip(self._tokenizers, self._encoders, strict=True):
+        for tokenizer, encoder in zip(self._tokenizers, self.encoders, strict=True):
             tokens = tokenizer(list(prompts), padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
-            output = encoder(tokens.input_ids.to(self._device), output_hidden_states=True)
+            with placement.used(encoder):
+                output = encoder(tokens.input_ids.to(encoder.device), output_hidden_states=True)
             hidden.append(output.hidden_states[-2].float().cpu())
             pooled = output[0].float().cpu()
         return torch.cat(hidden, dim=-1), pooled

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,20 +18,25 @@ from backend.imaging import bald, crop, masks, patches
 from backend.training.models.bundle import load_bundle
 from backend.training.training_face import DetectedFace, FaceAnalyzer
 from backend.tryon.conditioning import head_input, to_pictures
+from backend.tryon.few_step import fuse
 from backend.tryon.finishing import Head, Painted, finish
 from backend.tryon.painter import Painter, PaintRequest, device_and_dtype
+from backend.tryon.remembered import Remembered
 from backend.tryon.segmentation import HairParser
-from backend.tryon.values import Cancelled, FaceInfo, Preview, TryOnError, TryOnRequest, TryOnResult
+from backend.tryon.values import Cancelled, FaceInfo, Preview, TryOnError, TryOnRequest, TryOnResult, sampling_of
 
 __all__ = ["Cancelled", "FaceInfo", "Preview", "TryOn", "TryOnError", "TryOnRequest", "TryOnResult"]
 
 MIN_FACE = 40  # px in the upload; below that a head is too small to be restyled
 RIVAL_SHARE = 0.2  # a second face of this share of the largest one's area makes the choice a question for the person
+REFERENCES = 64  # whose features are remembered: 128 KiB each with 16 style tokens
 MIN_HAIR = 0.004  # share of a reference's head crop that must be hair
 
 
 class TryOn:
     """The product: a deployed bundle with the detector, the parser and the base model's parts.
+
+    header: the bundle's, and ``sampling``: the steps and guidance of a job that names none, and the few-step LoRA with its sha256.
 
     ``run`` is for one thread at a time; ``preview`` may run beside it.
     """
@@ -40,6 +47,7 @@ class TryOn:
         self.config, self.header, self.bundle_sha256 = config, header, sha256
         self._painter, self._faces, self._parser = painter, faces, parser
         self._resolution = int(header["resolution"])
+        self._references: Remembered[str, torch.Tensor] = Remembered(REFERENCES)
 
     @classmethod
     def load(cls, config: Config) -> TryOn:
@@ -50,13 +58,20 @@ class TryOn:
                 hint="train and deploy one ('deephair run'), or 'make demo' for the miniature",
             )
         bundle = load_bundle(config.paths.bundle, config.paths.weights)
+        wanted = config.sample.few_step
+        few_step = fuse(bundle.model.unet, config.paths.weights, wanted) if wanted != "none" else None
+        painter = Painter.of_bundle(bundle, config, few_step=few_step.kind if few_step else None)
+        steps, guidance = sampling_of(config.sample, None, None, 1.0)
+        if config.sample.compile:
+            painter.compile(int(bundle.header["resolution"]), guidance)
         device, _ = device_and_dtype(config)
+        sampling = {"steps": steps, "guidance": guidance, "few_step": dataclasses.asdict(few_step) if few_step else None}
         return cls(
             config,
-            Painter.of_bundle(bundle, config),
+            painter,
             FaceAnalyzer(config.paths.weights, bundle.header["identity_model"]),
             HairParser(config.paths.weights, device=device),
-            bundle.header,
+            {**bundle.header, "sampling": sampling},
             bundle.sha256,
         )
 
@@ -78,6 +93,7 @@ class TryOn:
     ) -> TryOnResult:
         """Paints the reference's hair on the target. Raises TryOnError with an explanation, or Cancelled within one step."""
         request.check()
+        steps, guidance = sampling_of(self.config.sample, request.steps, request.guidance, request.strength)
         start = time.monotonic()
         face = self._target_face(request.target, request.face)
         head = self._head(request.target, face)
@@ -93,13 +109,12 @@ class TryOn:
         )
         paint_request = PaintRequest(
             head=entered,
-            style=None if request.reference is None else self.style_picture(request.reference),
+            style=None if request.reference is None else self._style(request.reference),
             identity=self._faces.embed(request.target, face.landmarks),
             prompt=request.words(),
             seed=request.seed,
             photo=photo,
         )
-        steps, guidance = request.steps or self.config.sample.steps, request.guidance or self.config.sample.guidance
         painted = self._painter.paint(
             [paint_request], steps=steps, guidance=guidance, strength=request.strength, on_step=on_step, cancelled=cancelled
         )
@@ -119,6 +134,7 @@ class TryOn:
             "seed": request.seed,
             "steps": steps,
             "guidance": guidance,
+            "few_step": self.header["sampling"]["few_step"],
             "seconds": round(time.monotonic() - start, 3),
             "face_box": [round(v, 1) for v in face.box],
             "changed_share": round(float((pasted.mask > 0).mean()), 4),
@@ -131,6 +147,12 @@ class TryOn:
         if not region.any():
             raise TryOnError("the mask lies beside the head", hint="paint where the hair is or shall be", code="empty_mask")
         return region
+
+    def _style(self, reference: NDArray[np.uint8]) -> torch.Tensor:
+        """What the UNet is told of a reference. It is remembered, not the photo: the page's gallery is chosen from again and again, and
+        finding the hair takes longer than a step. Raises TryOnError."""
+        key = hashlib.sha256(repr(reference.shape).encode() + np.ascontiguousarray(reference).tobytes()).hexdigest()
+        return self._references.get(key, lambda: self._painter.style_features(self.style_picture(reference)))
 
     def style_picture(self, reference: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """The reference's hair as Stage 1 sees it. A reference from behind has no face and is taken as it is. Raises TryOnError."""

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from backend.config import SampleConfig
 from backend.errors import DeepHairError
 from backend.imaging.crop import Box
 from backend.training.data_processing.prompts import NEUTRAL_PROMPT, prompt_from_choice
@@ -22,7 +23,7 @@ class Cancelled(Exception):
 class TryOnError(DeepHairError):
     """A photo that cannot be worked with, in words.
 
-    Codes: no_face, many_faces, too_small, side_view, no_hair, flat_output, nothing_to_try, mask_size, empty_mask.
+    Codes: no_face, many_faces, too_small, side_view, no_hair, flat_output, nothing_to_try, mask_size, empty_mask, few_step.
     """
 
 
@@ -66,6 +67,28 @@ class TryOnRequest:
             )
         if self.mask is not None:
             check_mask(self.mask, *self.target.shape[:2])
+
+
+def sampling_of(settings: SampleConfig, steps: int | None, guidance: float | None, strength: float) -> tuple[int, float]:
+    """The steps and guidance of a job that asks for these; None takes the settings' own.
+
+    Raises TryOnError few_step for what a distilled LoRA cannot do: it knows its few steps, has guidance inside, and begins with noise alone
+    (from a photo SDXL-Lightning paints badly; training_memory.md, section 5).
+    """
+    kind = settings.few_step
+    if kind == "none":
+        return steps or settings.steps, guidance or settings.guidance
+    steps, guidance = steps or settings.few_steps, guidance or 1.0
+    least, most, most_guidance = (4, 4, 1.0) if kind == "lightning" else (1, 8, 2.0)
+    if not least <= steps <= most or guidance > most_guidance or strength < 1.0:
+        taken = f"{least} to {most} steps" if least < most else f"{most} steps"
+        raise TryOnError(
+            f"steps {steps}, guidance {guidance:g} and strength {strength:g} were asked for; with the few-step LoRA that is loaded ({kind}) it "
+            f"is {taken}, guidance up to {most_guidance:g} and strength 1",
+            hint="leave steps, guidance and strength out, or serve with sample.few_step=none",
+            code="few_step",
+        )
+    return steps, guidance
 
 
 def check_mask(mask: NDArray[np.uint8], height: int, width: int) -> None:

@@ -6,7 +6,7 @@ import { $, announce, note, pause, problemOf, radios, say, sayAgain, segments } 
 import { forgetPhotos, offerGallery, offerMask, onPhotoChange, photoFields, reference, target } from "./photos.js";
 import { clearStage, describeStage, expect, hideProblem, showProblem } from "./stage.js";
 import { cancel, eraseAll, tryOn } from "./tryon.js";
-import { offerWishes, sayAnything, wishes } from "./wish.js";
+import { offerSampling, offerWishes, sayAnything, wishes } from "./wish.js";
 
 const LAST_SEED = 2 ** 32 - 1;
 let count = 1; // variants of one run
@@ -118,6 +118,7 @@ async function watchModels() {
   for (;;) {
     const models = await api.models().catch(() => null);
     sayWeights(models);
+    offerSampling(models?.sampling);
     if (models?.loaded) return;
     await pause(3000);
   }

@@ -21,9 +21,12 @@ const ABOUT = { colour: ["color"], shape: ["length", "curl", "bangs"] };
 
 const chosen = { color: "" };
 let pickers = {};
+let offered = {};
+let fewSteps = false;
 let mode = null; // where the server knows no modes
 
 export function offerWishes(offers) {
+  offered = offers;
   pickers = offers.pickers;
   const { color, ...others } = pickers;
   document.querySelector(".selects").replaceChildren(...Object.entries(others).map(([name, values]) => select(name, values)));
@@ -32,9 +35,20 @@ export function offerWishes(offers) {
   mode = offers.mode?.first ?? null;
   $("modes").hidden = !offers.mode;
   if (offers.mode) radios($("modes").querySelector(".segments"), "mode", offers.mode.values, mode, (value) => t(`mode_${value}`), choose);
-  $("strength-field").hidden = !offers.strength;
-  $("manner").hidden = !offers.mode && !offers.strength;
+  showManner();
   choose(mode);
+}
+
+// A few-step LoRA knows its own steps and begins with noise alone: neither is offered then.
+export function offerSampling(sampling) {
+  fewSteps = Boolean(sampling?.few_step);
+  showManner();
+}
+
+function showManner() {
+  $("strength-field").hidden = !offered.strength || fewSteps;
+  $("steps-field").hidden = fewSteps;
+  $("manner").hidden = $("modes").hidden && $("strength-field").hidden;
 }
 
 function choose(value) {
@@ -83,7 +97,8 @@ say("strength", tellStrength);
 
 // The form fields of a job; what is at its default is left out.
 export function wishes() {
-  const fields = { prompt: $("prompt").value.trim(), steps: $("steps").value };
+  const fields = { prompt: $("prompt").value.trim() };
+  if (!$("steps-field").hidden) fields.steps = $("steps").value;
   for (const [name, value] of Object.entries(chosen)) if (means(name)) fields[name] = value;
   if (mode) fields.mode = mode;
   if (!$("strength-field").hidden && strength.value !== "1") fields.strength = strength.value;

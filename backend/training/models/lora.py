@@ -12,13 +12,15 @@ TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # every projection of every atte
 DOWN, UP = "lora_A.weight", "lora_B.weight"
 
 
-def merged(weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """W + B A in W's precision, on the CPU. weight (O, I), up = B (O, r), down = A (r, I); alpha is r, so nothing scales the product.
+def merged(weight: Tensor, up: Tensor, down: Tensor, scale: float = 1.0) -> Tensor:
+    """W + s B A in W's precision, on the CPU. weight (O, I), up = B (O, r), down = A (r, I); of a convolution (O, I, k, k), (O, r, 1, 1) and
+    (r, I, k, k). scale: alpha / r, which is 1 for the adapters that are trained here.
 
     Summed in float64: the order of addition, which differs between machines and numbers of threads, then leaves the rounded bits alone,
     so that what a checkpoint holds merged and what a bundle merges anew are equal.
     """
-    return (weight.detach().cpu().double() + up.detach().cpu().double() @ down.detach().cpu().double()).to(weight.dtype)
+    product = up.detach().cpu().double().flatten(1) @ down.detach().cpu().double().flatten(1)
+    return (weight.detach().cpu().double() + scale * product.reshape(weight.shape)).to(weight.dtype)
 
 
 def merged_over(base: Mapping[str, Tensor], lora: Mapping[str, Tensor]) -> dict[str, Tensor]:
