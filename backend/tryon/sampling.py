@@ -74,8 +74,7 @@ def sample(
     """
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLInpaintPipeline
 
-    parameter = next(sampler.model.unet.parameters())
-    device, dtype = parameter.device, parameter.dtype
+    device, dtype = sampler.model.device, next(sampler.model.unet.parameters()).dtype
     conditions = conditions.to(device, dtype)
     nothing = null_conditions(sampler.empty_text, sampler.empty_pooled, conditions)
     injector = sampler.model.injector
@@ -95,7 +94,13 @@ def sample(
         scheduler.set_timesteps(steps, device=device)
         # the pipeline multiplies what it is given by init_noise_sigma, since it takes it for noise
         start = (present.to(device) + scheduler.sigmas[steps - to_do].to(device) * start) / scheduler.init_noise_sigma
-    pipeline = StableDiffusionXLInpaintPipeline(
+
+    class Pipeline(StableDiffusionXLInpaintPipeline):  # type: ignore[misc, valid-type]
+        """It asks any of its modules where to compute, and a UNet in training may keep its weights in host memory."""
+
+        _execution_device = device
+
+    pipeline = Pipeline(
         vae=sampler.vae,
         text_encoder=None,
         text_encoder_2=None,
