@@ -25,7 +25,11 @@ def test_a_run_with_offload_has_the_bits_of_one_without(monkeypatch: pytest.Monk
     ends = []
     for offloaded in (False, True):
         monkeypatch.setattr(presets, "offloaded", lambda *_, chosen=offloaded: chosen)
-        toy = Toy(settings(preset="full-exact", lr=1e-3, injector_lr=1e-3, batch_size=1, accumulate=2, gradient_checkpointing=recompute, clip_norm=0.1))
+        toy = Toy(
+            settings(
+                preset="full-exact", lr=1e-3, injector_lr=1e-3, batch_size=1, accumulate=2, gradient_checkpointing=recompute, clip_norm=0.1
+            )
+        )
         losses = toy.train(3)
         assert isinstance(toy.optimizer, torch.optim.Optimizer)
         states = checkpoints.optimizer_tensors(toy.optimizer, {p: name for name, p in toy.model.named_parameters()})

@@ -22,8 +22,8 @@ SDXL_WIDTH, SDXL_PIXELS = 320, 1024 * 1024
 def memory_plan(config: Config) -> dict[str, Any]:
     """The plan as {"preset", "lines": [{"name", "gib"}], "total_gib", "host_gib", "card_gib", "basis"}; estimates in GiB of device memory.
 
-    host_gib: what a preset that offloads keeps in host memory instead. card_gib: the size of card that the preset is made for, nominal. The UNet is built on the meta device from its configuration (SDXL's
-    own when the weights are not here yet): no weight is loaded.
+    host_gib: what a preset that offloads keeps in host memory instead. card_gib: the size of card that the preset is made for, nominal.
+    The UNet is built on the meta device from its configuration (SDXL's own when the weights are not here yet): no weight is loaded.
     """
     import torch
 
@@ -109,6 +109,19 @@ def plan_text(plan: dict[str, Any]) -> str:
             *([f"  {plan['host_gib']:8.3f} GiB  of host memory: weights, gradients and optimizer of the UNet"] if plan["host_gib"] else []),
         ]
     )
+
+
+def plan_and_measured(plan: dict[str, Any], *, weights: int, optimizer: int, peak: int) -> str:
+    """The plan beside what a run held, in bytes: its trained network, its optimizer's state, the allocator's peak.
+
+    The rest of the peak cannot be told apart. It stands against the plan's other lines but the CUDA context, which the allocator does not see.
+    """
+    lines = [line["gib"] for line in plan["lines"] if not line["name"].startswith("CUDA context")]
+    planned = (lines[0], lines[2], sum(lines) - lines[0] - lines[2], sum(lines))
+    measured = (weights, optimizer, peak - weights - optimizer, peak)
+    names = ("weights", "optimizer", "activations and all else at the peak", "in all, without the CUDA context")
+    rows = [f"  {a:8.3f} {b / GIB:9.3f} GiB  {name}" for a, b, name in zip(planned, measured, names, strict=True)]
+    return "\n".join([f"memory of preset {plan['preset']}: planned, and measured while it trained", *rows])
 
 
 def _unet_config(config: Config) -> tuple[dict[str, Any], str]:
