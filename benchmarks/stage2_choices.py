@@ -43,6 +43,8 @@ VARIANTS: dict[str, list[str]] = {
     "text_drop_0.1": ["train.drop.text=0.1"],
     "style_drop_0.3": ["train.drop.style=0.3"],
     "masks_silhouette": [],
+    "injection_decoupled": ["train.injection=decoupled"],
+    "noise_offset_0.1": ["train.noise_offset=0.1"],
 }
 SHOWN = ("hair_color_delta_e", "curl_agreement", "masked_psnr", "lpips")
 

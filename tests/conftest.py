@@ -93,12 +93,19 @@ def raw_world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 @pytest.fixture(scope="session")
-def finished_world(raw_world: World) -> World:
-    """The same world after all four stages; read-only for tests."""
-    config = raw_world.config()
-    for _, stage in pipeline_run.stages(config, resume=True):
+def schooled_world(raw_world: World) -> World:
+    """The same world after Stage 0 and Stage 1, for tests that run Stage 2 themselves; read-only."""
+    for _, stage in pipeline_run.stages(raw_world.config(), resume=True)[:2]:
         stage()
     return raw_world
+
+
+@pytest.fixture(scope="session")
+def finished_world(schooled_world: World) -> World:
+    """The same world after all four stages; read-only for tests."""
+    for _, stage in pipeline_run.stages(schooled_world.config(), resume=True):
+        stage()
+    return schooled_world
 
 
 def tree(folder: Path, *, ignore: tuple[str, ...] = ()) -> dict[str, bytes]:

@@ -69,6 +69,38 @@ def unet_names() -> set[str]:
     return names
 
 
+def unet_shapes() -> dict[str, tuple[int, ...]]:
+    """The shape of each of those tensors, by what the layer does: SDXL's widths, 2048 of the text, 9 input channels."""
+    inside = {"down_blocks.0": ((320, 320), (320, 320)), "down_blocks.1": ((320, 640), (640, 640)), "down_blocks.2": ((640, 1280), (1280, 1280)),
+              "mid_block": ((1280, 1280), (1280, 1280)), "up_blocks.0": ((2560, 1280), (2560, 1280), (1920, 1280)),
+              "up_blocks.1": ((1920, 640), (1280, 640), (960, 640)), "up_blocks.2": ((960, 320), (640, 320), (640, 320))}  # fmt: skip
+    outside = {"conv_in": (320, 9, 3, 3), "conv_out": (4, 320, 3, 3), "conv_norm_out": (320,), "time_embedding.linear_1": (1280, 320),
+               "time_embedding.linear_2": (1280, 1280), "add_embedding.linear_1": (1280, 2816), "add_embedding.linear_2": (1280, 1280)}  # fmt: skip
+
+    def weight(layer: str) -> tuple[int, ...]:
+        if layer in outside:
+            return outside[layer]
+        block = next(name for name in inside if layer.startswith(name))
+        wide = inside[block][-1][1]
+        kind = layer.rsplit(".", maxsplit=1)[-1]
+        if "resnets" in layer:
+            given, made = inside[block][int(layer.split("resnets.")[1].split(".")[0])]
+            return {"norm1": (given,), "norm2": (made,), "conv1": (made, given, 3, 3), "conv2": (made, made, 3, 3), "time_emb_proj": (made, 1280),
+                    "conv_shortcut": (made, given, 1, 1)}[kind]  # fmt: skip
+        if "samplers" in layer:
+            return wide, wide, 3, 3
+        if "norm" in kind:
+            return (wide,)
+        if ".ff." in layer:
+            return (8 * wide, wide) if kind == "proj" else (wide, 4 * wide)
+        return (wide, 2048) if "attn2.to_k" in layer or "attn2.to_v" in layer else (wide, wide)
+
+    return {
+        name: weight(name.removesuffix(".weight")) if name.endswith(".weight") else weight(name.removesuffix(".bias"))[:1]
+        for name in unet_names()
+    }
+
+
 def vae_names() -> set[str]:
     """The 248 tensors of SDXL's VAE."""
     names = _both("quant_conv", "post_quant_conv")

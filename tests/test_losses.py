@@ -1,5 +1,6 @@
 """Losses and metrics, against values worked out by hand and against other implementations."""
 
+import dataclasses
 import warnings
 
 import lpips as reference_lpips
@@ -16,6 +17,9 @@ from backend.training.models.losses import (
 )
 from backend.training.models.perceptual import PerceptualNet
 from backend.training.models.schedule import NoiseSchedule
+from backend.training.stage2_step import Stage2Step
+from benchmarks.stage2_parts import SCHEDULER, random_vae
+from tests.stage2_set import CPU, SIZE, Toy, settings
 
 
 def test_mask_aware_loss_by_hand() -> None:
@@ -114,6 +118,34 @@ def test_texture_loss_is_zero_for_equal_pictures_and_its_gradient_reaches_the_pi
     loss.backward()
     assert float(loss) > 0
     assert image.grad is not None and float(image.grad.abs().max()) > 0
+
+
+def test_the_texture_loss_reaches_the_unet_through_the_decoder_and_low_timesteps_alone() -> None:
+    """Through the product's own step: predicted x0, a crop of it decoded, Gram matrices."""
+    toy = Toy(settings(preset="full-exact", batch_size=2, texture_every=1, texture_max_timestep=300))
+    vae = random_vae(SIZE, CPU, torch.float32)
+    step = Stage2Step(toy.config, toy.model, toy.optimizer, NoiseSchedule(SCHEDULER), vae=vae, perceptual=_network())
+
+    def loss_at(timesteps: list[int]) -> torch.Tensor | None:
+        batch = dataclasses.replace(toy.batches.batch("train", np.arange(2), 0), timesteps=torch.tensor(timesteps))
+        return step._texture_loss(batch, *step.predict(batch))
+
+    assert loss_at([300, 999]) is None
+    loss = loss_at([299, 999])
+    assert loss is not None
+    loss.backward()
+    gradients = {name: p.grad for name, p in toy.model.unet.named_parameters()}
+    for name in ("conv_in.weight", "mid_block.resnets.0.conv1.weight", "conv_out.weight"):
+        gradient = gradients[name]
+        assert gradient is not None and float(gradient.abs().max()) > 0, name
+    assert all(p.grad is None for p in vae.parameters())
+
+
+def test_noise_offset_shifts_each_channel_of_each_sample_by_a_number_of_its_own() -> None:
+    plain, shifted = (Toy(settings(noise_offset=o, batch_size=4)).batches.batch("train", np.arange(4), 7).noise for o in (0.0, 0.5))
+    offset = (shifted - plain).flatten(2)
+    assert torch.allclose(offset, offset[..., :1].expand_as(offset), atol=1e-6)
+    assert len(offset[..., 0].unique()) == 16 and 0.1 < float(offset[..., 0].std()) < 1.0
 
 
 def test_lpips_is_the_lpips_librarys() -> None:

@@ -59,7 +59,9 @@ def test_the_unet_is_read_from_sdxl_s_1680_names_and_its_configuration(base: tup
         full = empty_unet(SDXL_UNET_CONFIG)
     assert len(published.unet_names()) == 1680
     assert _names(folder / "unet/diffusion_pytorch_model.safetensors") == set(full.state_dict()) == published.unet_names()
-    assert tuple(full.state_dict()["conv_in.weight"].shape) == (320, 9, 3, 3)
+    shapes = {name: tuple(value.shape) for name, value in full.state_dict().items()}
+    assert shapes == published.unet_shapes()
+    assert sum(value.numel() for value in full.parameters()) == 2_567_478_084
     unet = load_unet(folder / "unet", torch.float32)
     written = networks["unet"].state_dict()
     assert all(torch.equal(value, written[name]) for name, value in unet.state_dict().items())

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import resource
+from collections.abc import Iterable
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from backend.machine import in_wsl
 
@@ -19,6 +21,12 @@ def peak_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+
+
+def held_bytes(tensors: Iterable[torch.Tensor], device: torch.device) -> int:
+    """What of these tensors lies on the device; of one that is spread over processes this one's share."""
+    local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors)
+    return sum(tensor.nbytes for tensor in local if tensor.device.type == device.type)
 
 
 def cap_memory(device: torch.device, fraction: float) -> float | None:

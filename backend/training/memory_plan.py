@@ -15,14 +15,15 @@ ACTIVATION_GIB = 0.675  # per sample at 1024 px with gradient checkpointing, SDX
 NO_CHECKPOINTING = 6.42 / 0.70  # how much more is kept without checkpointing
 CONTEXT_GIB = 0.6  # CUDA context and library workspaces
 USABLE = 0.93  # of a card's nominal memory; the rest is the driver's and the desktop's
+HOST_COPIES = 4  # weights, gradients and AdamW's two states
 SDXL_WIDTH, SDXL_PIXELS = 320, 1024 * 1024
 
 
 def memory_plan(config: Config) -> dict[str, Any]:
-    """The plan as {"preset", "lines": [{"name", "gib"}], "total_gib", "card_gib", "basis"}; estimates in GiB of device memory.
+    """The plan as {"preset", "lines": [{"name", "gib"}], "total_gib", "host_gib", "card_gib", "basis"}; estimates in GiB of device memory.
 
-    card_gib: the size of card that the preset is made for, nominal. The UNet is built on the meta device from its configuration (SDXL's
-    own when the weights are not here yet): no weight is loaded.
+    host_gib: what a preset that offloads keeps in host memory instead. card_gib: the size of card that the preset is made for, nominal.
+    The UNet is built on the meta device from its configuration (SDXL's own when the weights are not here yet): no weight is loaded.
     """
     import torch
 
@@ -42,8 +43,11 @@ def memory_plan(config: Config) -> dict[str, Any]:
     activations = ACTIVATION_GIB * share * train.batch_size * (1.0 if train.gradient_checkpointing else NO_CHECKPOINTING)
     activations *= 1 if preset.bf16 or preset.autocast else 2  # float32
     learnt = sum(parameter.numel() for parameter in learning)
+    host, lent = (list(model.unet.parameters()), _lent_bytes(model.unet, train)) if preset.offload else ([], 0)
+    hosted = set(host)  # the rest is the card's
+    parameters, learning = ([p for p in part if p not in hosted] for part in (parameters, learning))
     lines = [
-        (f"weights, {count:,} parameters in {'bfloat16' if preset.bf16 else 'float32'}", sum(p.nbytes for p in parameters) / GIB),
+        (f"weights, {count:,} parameters in {'bfloat16' if preset.bf16 else 'float32'}", (lent + sum(p.nbytes for p in parameters)) / GIB),
         _gradients(learning, train),
         (_optimizer_name(preset), _optimizer_bytes([(p.numel(), p.shape) for p in learning], preset) / GIB),
         (f"activations, batch {train.batch_size} at {config.data.resolution} px", activations),
@@ -60,9 +64,25 @@ def memory_plan(config: Config) -> dict[str, Any]:
         "trained_parameters": learnt,
         "lines": [{"name": name, "gib": round(gib, 3)} for name, gib in lines],
         "total_gib": round(sum(gib for _, gib in lines), 3),
+        "host_gib": round(HOST_COPIES * sum(p.nbytes for p in host) / GIB, 3),
         "card_gib": preset.card_gib,
         "basis": basis,
     }
+
+
+def _lent_bytes(unet: Any, train: TrainConfig) -> int:
+    """The most that an offloaded UNet (``offload``) has on the card: layers outside the recomputed blocks from forward to backward pass, and
+    one block with its gradients; all weights where nothing is recomputed."""
+    from diffusers.models.attention import BasicTransformerBlock
+    from diffusers.models.resnet import ResnetBlock2D
+
+    every = sum(p.nbytes for p in unet.parameters())
+    if not train.gradient_checkpointing:
+        return every
+    blocks = [
+        sum(p.nbytes for p in module.parameters()) for module in unet.modules() if isinstance(module, BasicTransformerBlock | ResnetBlock2D)
+    ]
+    return every - sum(blocks) + 2 * max(blocks)
 
 
 def _gradients(learning: list[Any], train: TrainConfig) -> tuple[str, float]:
@@ -86,8 +106,22 @@ def plan_text(plan: dict[str, Any]) -> str:
             f"memory plan, preset {plan['preset']} ({plan['basis']}; estimated)",
             *rows,
             f"  {plan['total_gib']:8.3f} GiB  in all, {plan['trained_parameters']:,} parameters learn; {verdict}",
+            *([f"  {plan['host_gib']:8.3f} GiB  of host memory: weights, gradients and optimizer of the UNet"] if plan["host_gib"] else []),
         ]
     )
+
+
+def plan_and_measured(plan: dict[str, Any], *, weights: int, optimizer: int, peak: int) -> str:
+    """The plan beside what a run held, in bytes: its trained network, its optimizer's state, the allocator's peak.
+
+    The rest of the peak cannot be told apart. It stands against the plan's other lines but the CUDA context, which the allocator does not see.
+    """
+    lines = [line["gib"] for line in plan["lines"] if not line["name"].startswith("CUDA context")]
+    planned = (lines[0], lines[2], sum(lines) - lines[0] - lines[2], sum(lines))
+    measured = (weights, optimizer, peak - weights - optimizer, peak)
+    names = ("weights", "optimizer", "activations and all else at the peak", "in all, without the CUDA context")
+    rows = [f"  {a:8.3f} {b / GIB:9.3f} GiB  {name}" for a, b, name in zip(planned, measured, names, strict=True)]
+    return "\n".join([f"memory of preset {plan['preset']}: planned, and measured while it trained", *rows])
 
 
 def _unet_config(config: Config) -> tuple[dict[str, Any], str]:

@@ -39,7 +39,6 @@ def _rounds(c0: torch.Tensor, c1: torch.Tensor, k0: int, k1: int) -> list[torch.
 
 
 def _product(values: torch.Tensor, factor: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """High and low 32 bits of ``values * factor``, which does not fit in int64: by the factor's halves of 16 bits."""
-    low = values * (factor & 0xFFFF)
-    middle = (values * (factor >> 16)).add_(low >> 16)  # below 2^49
-    return middle >> 16, ((middle & 0xFFFF) << 16).bitwise_or_(low & 0xFFFF)
+    """High and low 32 bits of ``values * factor``, an unsigned number of 64 bits: int64 arithmetic wraps to the same bits."""
+    product = values * factor
+    return product >> 32 & _MASK, product & _MASK

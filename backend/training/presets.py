@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from backend.config import TrainConfig
 from backend.errors import DeepHairError
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -16,7 +19,8 @@ class Preset:
     bf16: the UNet's weights are bfloat16, written with stochastic rounding; else float32. trains: which of the UNet's weights learn (the
     injector always does, in float32). inside_backward: the optimizer steps inside the backward pass, so gradients are never all there.
     momentum: 8-bit momentum beside the factored second moment. adamw: plain AdamW in float32 instead. autocast: bfloat16 arithmetic over
-    float32 weights. card_gib: the size of card that it is made for. smaller: what to try when memory runs out.
+    float32 weights. offload: weights, gradients and states lie in host memory (``offload``). card_gib: the size of card that it is made
+    for. smaller: what to try when memory runs out.
     """
 
     bf16: bool
@@ -25,17 +29,18 @@ class Preset:
     momentum: bool
     adamw: bool
     autocast: bool
+    offload: bool
     card_gib: int
     smaller: str | None
 
 
 PRESETS: dict[str, Preset] = {
-    "full-exact": Preset(False, "all", False, True, True, False, 80, "full-80gb"),
-    "full-80gb": Preset(False, "all", False, True, True, True, 80, "full-12gb"),
-    "full-12gb": Preset(True, "all", True, True, False, False, 12, "full-8gb"),
-    "full-8gb": Preset(True, "all", True, False, False, False, 8, None),
-    "partial": Preset(True, "attention", False, True, False, False, 12, "lora"),
-    "lora": Preset(True, "lora", False, True, False, False, 8, None),
+    "full-exact": Preset(False, "all", False, True, True, False, True, 8, None),
+    "full-80gb": Preset(False, "all", False, True, True, True, False, 80, "full-12gb"),
+    "full-12gb": Preset(True, "all", True, True, False, False, False, 12, "full-8gb"),
+    "full-8gb": Preset(True, "all", True, False, False, False, False, 8, None),
+    "partial": Preset(True, "attention", False, True, False, False, False, 12, "lora"),
+    "lora": Preset(True, "lora", False, True, False, False, False, 8, None),
 }
 
 
@@ -47,6 +52,11 @@ def of(train: TrainConfig) -> Preset:
 def sharded(train: TrainConfig, processes: int) -> bool:
     """Whether several processes share one set of weights (FSDP) instead of holding one each: where everything learns in float32."""
     return processes > 1 and of(train).adamw
+
+
+def offloaded(train: TrainConfig, device: torch.device, processes: int) -> bool:
+    """Whether the UNet's weights, gradients and states stay in host memory. On a CPU they are there anyway; several processes share them out."""
+    return of(train).offload and device.type == "cuda" and processes == 1
 
 
 def out_of_memory(train: TrainConfig, error: BaseException) -> DeepHairError:

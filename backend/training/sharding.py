@@ -90,4 +90,5 @@ def _square(gradients: Sequence[Any]) -> Tensor:
     """The sum of all squares, a float64 scalar on the gradients' device."""
     if not gradients:
         return torch.zeros((), dtype=torch.float64)
-    return torch.stack([torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]).square().sum()
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
+    return torch.stack([norm.to(norms[0].device) for norm in norms]).square().sum()  # offloaded gradients lie in host memory, others do not

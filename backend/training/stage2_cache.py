@@ -35,7 +35,8 @@ SHARD = 256  # samples per file
 POOL = 128  # silhouettes that a split's edit regions borrow from
 POOL_SIDE = 128  # their side, px
 REGIONS = 4  # raise when edit regions are made otherwise: cached latents of the older kind are then not used
-BATCH = 8  # pictures per pass of the VAE
+BATCH = 8  # pictures per pass of the VAE, at most
+BATCH_PIXELS = 2 * 1024 * 1024  # in such a pass: encoding takes 1.25 GiB for each 1024 x 1024 of them (training_memory.md, section 0)
 RESIDENT = 2 << 30  # bytes of latents that are kept in memory; beyond it they are read from mapped files
 
 
@@ -176,7 +177,8 @@ def _draw(config: Config, prepared: Prepared, row: dict[str, Any], pool: list[ma
 def _encode_photo(config: Config, photo: _Photo, vae: Any, encoder: TextureEncoder) -> dict[str, torch.Tensor]:
     sample, heads = photo.sample, photo.heads
     pictures = conditioning.to_tensor([sample.photo, *(head.bald for head in heads)])
-    encoded = [conditioning.encode_latents(vae, pictures[start : start + BATCH]) for start in range(0, len(pictures), BATCH)]
+    size = min(BATCH, max(1, BATCH_PIXELS // pictures[0, 0].numel()))
+    encoded = [conditioning.encode_latents(vae, pictures[start : start + size]) for start in range(0, len(pictures), size)]
     means, stds = torch.cat([mean for mean, _ in encoded]).cpu(), torch.cat([std for _, std in encoded]).cpu()
     side = means.shape[-1]
     style = conditioning.style_features(encoder, [photo.style], config.train.style_tokens)[0]

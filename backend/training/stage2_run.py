@@ -21,7 +21,7 @@ from backend.errors import UsageError
 from backend.imaging.decode import write_png
 from backend.training import checkpoints, presets
 from backend.training.data_processing.prompts import NEUTRAL_PROMPT
-from backend.training.device_memory import peak_gib
+from backend.training.device_memory import held_bytes, peak_gib
 from backend.training.keyed import batches
 from backend.training.lowmem import FusedFactoredAdam
 from backend.training.models.perceptual import load_perceptual
@@ -115,6 +115,8 @@ class Stage2Run:
         stream = batches(count, size, train.seed, self.step, train.steps)
         # On a CPU a second thread of torch's takes the cores from the step itself: the demo took 129 s with it, 73 s without.
         workers = train.prefetch if self.device.type == "cuda" else 0
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)  # building the caches took memory of its own
         drawing = ahead(self._drawn, stream, workers=workers)
         with contextlib.closing(self.log), contextlib.closing(drawing) as drawn, console.stop_requests() as stop:
             while True:
@@ -232,14 +234,22 @@ class Stage2Run:
         """What the report says of this stage."""
         return {"steps": self.step, "loss_first": self.loss_first, "loss_last": self.loss_last}
 
+    def held(self) -> dict[str, int]:
+        """Bytes on the device: the trained network's, the optimizer's state, and the allocator's peak since ``train`` began."""
+        states = self._optimizer_tensors()
+        peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
+        return {
+            "weights": held_bytes(self.model.parameters(), self.device), "optimizer": held_bytes(states.values(), self.device), "peak": peak,
+        }  # fmt: skip
+
+    def _optimizer_tensors(self) -> dict[str, torch.Tensor]:
+        if isinstance(self.optimizer, FusedFactoredAdam):
+            return self.optimizer.tensors()
+        return checkpoints.optimizer_tensors(self.optimizer, self.names)
+
     def _save(self, name: str) -> None:
         folder, config = self.config.paths.checkpoints, self.config
-        states = (
-            self.optimizer.tensors()
-            if isinstance(self.optimizer, FusedFactoredAdam)
-            else checkpoints.optimizer_tensors(self.optimizer, self.names)
-        )
-        states = gathered(states, keep=self.processes.is_main)
+        states = gathered(self._optimizer_tensors(), keep=self.processes.is_main)
         weights, resume = checkpoint_tensors(self.model, self.average, keep=self.processes.is_main)
         if not self.processes.is_main:
             return

@@ -19,6 +19,7 @@ from backend.training.models import losses
 from backend.training.models.perceptual import PerceptualNet
 from backend.training.models.schedule import NoiseSchedule
 from backend.training.models.stage2_unet import HairInpaintingUNet, time_ids
+from backend.training.offload import stream
 from backend.training.processes import Processes
 from backend.training.sharding import clip_grad_norm, shard
 from backend.training.stage2_data import Batch
@@ -38,13 +39,19 @@ def ready_for_training(
 ) -> HairInpaintingUNet:
     """The network in the preset's precision on the device, frozen where the preset does not train; the injector stays in float32.
 
-    processes: several spread the weights of a preset that is ``sharded`` over them.
+    processes: several spread the weights of a preset that is ``sharded`` over them. Where the preset is ``offloaded`` the UNet's weights
+    stay in host memory.
     """
     model.unet.to(weights_dtype(train.preset))
     choose_trained(model, train)
     if train.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    if processes is not None and presets.sharded(train, processes.count):
+    count = 1 if processes is None else processes.count
+    if presets.offloaded(train, device, count):
+        stream(model.unet, device)
+        model.injector.to(device)
+        return model.train()
+    if processes is not None and presets.sharded(train, count):
         shard(model.unet, processes)
     return model.to(device).train()
 
@@ -66,7 +73,7 @@ def build_optimizer(model: nn.Module, train: TrainConfig, arithmetic: Arithmetic
             processes=processes, arithmetic=arithmetic,
         )  # fmt: skip
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
-    for name, parameter, rate in rates:  # the injector by itself: spread and other parameters do not go into one operation
+    for name, parameter, rate in rates:  # the injector by itself: spread or offloaded and other parameters do not go into one operation
         groups.setdefault((rate, name.startswith("injector.")), []).append(parameter)
     return torch.optim.AdamW(
         [{"params": parameters, "lr": rate, "base_lr": rate} for (rate, _), parameters in groups.items()], weight_decay=train.weight_decay
@@ -90,8 +97,7 @@ class Stage2Step:
         self.config, self.model, self.optimizer, self.noising = config, model, optimizer, noising
         self._vae, self._perceptual, self._processes = vae, perceptual, processes
         self._autocast = presets.of(config.train).autocast
-        parameter = next(model.unet.parameters())
-        self._device, self._dtype = parameter.device, parameter.dtype
+        self._device, self._dtype = model.device, next(model.unet.parameters()).dtype
         self._time_ids: dict[int, torch.Tensor] = {}
 
     def __call__(self, batch: Batch, step: int) -> dict[str, float]:

@@ -99,11 +99,15 @@ def train(config: Config, *, resume: bool = True) -> dict[str, Any]:
 
     from backend.training import presets
     from backend.training.device_memory import cap_memory
+    from backend.training.memory_plan import memory_plan, plan_and_measured, plan_text
     from backend.training.processes import join_processes
 
     start = time.monotonic()
     processes = join_processes(config.device)
     cap_memory(processes.device, config.train.memory_fraction)
+    plan = memory_plan(config) if processes.device.type == "cuda" else None
+    if plan is not None:
+        logger.info(plan_text(plan))
     try:
         with artifacts.folder_lock(config.paths.checkpoints) if processes.is_main else contextlib.nullcontext():
             if processes.is_main:
@@ -114,6 +118,8 @@ def train(config: Config, *, resume: bool = True) -> dict[str, Any]:
             result = {"seconds": round(time.monotonic() - start, 3), **run.result()}
             if processes.is_main:
                 results.record(config, "train", result)
+                if plan is not None:
+                    logger.info(plan_and_measured(plan, **run.held()))
     except torch.OutOfMemoryError as error:
         raise presets.out_of_memory(config.train, error) from error
     return result

@@ -97,8 +97,7 @@ def sample(
 
     networks = [sampler.model] if sampler.controlnet is None else [sampler.model, sampler.controlnet]
     with sampler.placement.used(*networks):
-        parameter = next(sampler.model.unet.parameters())
-        device, dtype = parameter.device, parameter.dtype
+        device, dtype = sampler.model.device, next(sampler.model.unet.parameters()).dtype
         conditions = conditions.to(device, dtype)
         nothing = null_conditions(sampler.empty_text, sampler.empty_pooled, conditions)
         injector, side = sampler.model.injector, images.shape[-1]
@@ -135,12 +134,11 @@ def _pipeline(sampler: Sampler, heads: Sequence[HeadInput], scheduler: Any) -> A
     from diffusers import StableDiffusionXLInpaintPipeline
 
     class Pipeline(StableDiffusionXLInpaintPipeline):  # type: ignore[misc]
-        """Computes where the UNet is; diffusers would ask the VAE, which may be at rest."""
+        """Computes where the model does; diffusers would ask the VAE, which may be at rest, or the UNet, whose weights may be in host memory."""
 
         @property
         def _execution_device(self) -> torch.device:
-            device: torch.device = next(sampler.model.unet.parameters()).device
-            return device
+            return sampler.model.device
 
     unet = sampler.model.unet
     if sampler.controlnet is not None:

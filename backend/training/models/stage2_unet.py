@@ -91,6 +91,11 @@ class HairInpaintingUNet(nn.Module):
         if injection == "decoupled":
             self.injector.branches = decouple(unet)
 
+    @property
+    def device(self) -> torch.device:
+        """Where it computes: the injector is always there, while the UNet's weights may stay in host memory."""
+        return self.injector.style_null.device
+
     def enable_gradient_checkpointing(self) -> None:
         """Recomputes each block's activations in the backward pass. Nothing here draws random numbers, so no generator state is kept."""
 
