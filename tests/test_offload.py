@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import copy
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from backend import artifacts
 from backend.config import load_config
-from backend.training import checkpoints, offload, presets
+from backend.training import checkpoints, offload, presets, train_stage2
 from backend.training.memory_plan import _lent_bytes, memory_plan, plan_text
 from backend.training.offload import stream
+from tests.conftest import World
 from tests.stage2_set import CPU, Toy, settings
 
 FULL = ("paths.weights=/nonexistent", "train.batch_size=1")
@@ -104,3 +107,27 @@ def test_with_recomputation_no_block_s_weights_wait_on_the_card(monkeypatch: pyt
         assert not [ref for ref in alive if ref() is not None], "after the backward pass nothing is borrowed"
     lent = _lent_bytes(toy.model.unet, settings(preset="full-exact", gradient_checkpointing=True).train)
     assert 0 < waiting[True] < lent < 0.5 * waiting[False]
+
+
+@pytest.mark.long
+def test_all_of_stage_2_is_the_same_with_offload(monkeypatch: pytest.MonkeyPatch, schooled_world: World, tmp_path: Path) -> None:
+    """Caches, texture loss, average, validation, previews, checkpoint, and a resume in the middle: weights, states and pictures. It takes
+    two runs of Stage 2, since what lies where matters to all of these."""
+    changes = {"train__preset": "full-exact", "train__steps": 4, "train__save_every": 2, "train__validate_every": 4, "train__preview_every": 4,
+               "train__ema": 0.9, "train__ema_every": 1}  # fmt: skip
+    ends: list[dict[str, bytes]] = []
+    for offloaded in (False, True):
+        monkeypatch.setattr(presets, "offloaded", lambda *_, chosen=offloaded: chosen)
+        world = schooled_world.untrained(tmp_path / str(offloaded))
+        train_stage2.train(world.config(**changes))
+        folder = world.root / "checkpoints"
+        if offloaded:
+            for name in ("stage2_step_4", "deep_hair_v1_latest"):
+                checkpoints.remove(folder / f"{name}.safetensors")
+            train_stage2.train(world.config(**changes))
+        files = [*(folder / "previews").glob("*.png"), folder / "stage2_step_4.state/optimizer.safetensors"]
+        ends.append({path.name: path.read_bytes() for path in files})
+        ends[-1] |= {name: value.numpy().tobytes() for name, value in artifacts.load_tensors(folder / "stage2_step_4.safetensors").items()}
+    plain, streamed = ends
+    assert plain.keys() == streamed.keys() and len([name for name in plain if name.endswith(".png")]) == 2
+    assert not [name for name in plain if plain[name] != streamed[name]]
