@@ -332,11 +332,12 @@ def test_two_hundred_jobs_from_twenty_clients(tmp_path: Path, processes: Any) ->
     for client in ids:
         assert [seed for seed in seeds if seed // 100 == client] == [client * 100 + n for n in range(10)]
     assert refused and set(refused) == {(429, True)}
-    # from 20 jobs to 200; a leak of one 0.9 MB picture a job would add 160 MB to about 110
-    assert memory[-1] < memory[0] * 1.05, memory
     print(
         f"{len(refused)} refused; healthz p50 {np.median(waited) * 1e3:.1f} ms, p99 {np.quantile(waited, 0.99) * 1e3:.1f} ms; pages {memory}"
     )
+    # From 20 jobs to 200. A leak of one 0.9 MB picture a job would add 160 MB to about 95; how much the allocator keeps of what it was given
+    # back differs from run to run: 0.2 and 7 % were seen.
+    assert memory[-1] < memory[0] * 1.2, memory
 
 
 def wait_for_end(client: httpx.Client, job: str, seconds: float = 60) -> str:
