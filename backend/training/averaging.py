@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
-@torch.no_grad()
 def follow(average: Mapping[str, Tensor], live: Mapping[str, Tensor], decay: float, step: int) -> None:
     """average <- d * average + (1 - d) * live in place, for two states of one network; what is not floating point is copied.
 
@@ -17,6 +16,6 @@ def follow(average: Mapping[str, Tensor], live: Mapping[str, Tensor], decay: flo
     decay = min(decay, (step + 1) / (step + 10))
     moving = [name for name, value in average.items() if value.is_floating_point()]
     if moving:
-        torch._foreach_lerp_([average[name] for name in moving], [live[name] for name in moving], 1 - decay)
+        get_ema_multi_avg_fn(decay)([average[name] for name in moving], [live[name] for name in moving], None)
     for name in average.keys() - set(moving):
         average[name].copy_(live[name])

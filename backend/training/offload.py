@@ -4,6 +4,9 @@ Each layer copies its weights to the device when it is called and drops the copy
 itself carries gradients back and adds them up in host memory, where the optimizer steps; state, checkpoints and averages see ordinary
 parameters on the CPU. Copies change no bit, so a run with offload equals one without (tests/test_offload.py). With gradient checkpointing
 a layer's copy lives for its block's recomputation alone; without it all copies wait for the backward pass.
+
+PyTorch's FSDP offloads too, but its hooks add gradients in another order (docs/training.md), and this preset is the reference that others
+are compared with; accelerate's offloading hooks are for inference.
 """
 
 from __future__ import annotations

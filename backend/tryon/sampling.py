@@ -75,8 +75,8 @@ def sample(
 
     conditions: B rows. seeds: one per head. guidance: classifier-free guidance, 1 is off. strength: 1 begins with noise alone; less
     begins that share of the steps before the end, with ``photos`` (B of (S, S, 3) uint8 RGB) noised to that point (SDEdit,
-    arXiv 2108.01073), and makes one step at least; not with a few-step LoRA. on_step(done, total) is called after each step; ``cancelled`` is asked there, and
-    Cancelled is raised within one step.
+    arXiv 2108.01073), and makes one step at least; not with a few-step LoRA. on_step(done, total) is called after each step; ``cancelled``
+    is asked there, and Cancelled is raised within one step.
     """
     to_do = min(steps, max(1, int(steps * strength)))
     if to_do < steps and sampler.few_step:
