@@ -35,6 +35,7 @@ from backend.imaging.decode import decode_upload
 from backend.training import figures, pairs
 from backend.training.keyed import key
 from backend.training.measuring import Instruments
+from backend.training.models.bundle import load_bundle
 from backend.training.painting import Scene, SceneReader, ThreadedMap, View
 from backend.training.prepared import Prepared
 from backend.tryon.painter import device_and_dtype
@@ -78,8 +79,6 @@ def measure(config: Config, options: argparse.Namespace) -> dict[str, Any]:
     stored = artifacts.read_json(config.paths.report / "samples.json")["transfer"]
     rows = {row["id"]: row for row in prepared.rows(config.evaluate.split)}
     known = [(pairs.Pair(rows[s["target"]], rows[s["reference"]]), s["figures"]["ours"]) for s in stored][: options.pairs]
-    from backend.training.models.bundle import load_bundle
-
     encoder = load_bundle(config.paths.bundle, config.paths.weights).texture_encoder
     parser = HairParser(config.paths.weights, device=device_and_dtype(config)[0])
     instruments, reader = Instruments(config, prepared, encoder, each), SceneReader(config, prepared, each)
