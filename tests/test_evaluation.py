@@ -340,6 +340,7 @@ def _one_for_all(request: Any) -> np.ndarray:
     return np.where(request.head.region[..., None] > 0, stripes, request.head.bald).astype(np.uint8)
 
 
+@pytest.mark.long  # make test must stay well below its eight minutes
 def test_models_without_skill_are_refused_and_figures_do_not_depend_on_the_threads(finished_world: World) -> None:
     config = finished_world.config(evaluate__workers=1)
     ignoring = _StandIn(config, _one_for_all)
@@ -395,6 +396,7 @@ def test_a_model_that_paints_no_picture_fails_every_time(finished_world: World) 
     assert any("whatever the reference" in reason for reason in reasons)
 
 
+@pytest.mark.long  # make test must stay well below its eight minutes
 def test_hairfusions_protocol_runs_by_its_name_and_says_why_it_is_not_comparable(finished_world: World) -> None:
     few = dataclasses.replace(pairs.PROTOCOLS["hairfusion"], samples=3)
     with mock.patch.dict(pairs.PROTOCOLS, hairfusion=few):

@@ -259,6 +259,7 @@ def test_in_a_full_body_photo_the_head_is_found_and_pasted_back(tryon: TryOn, re
     assert not result.mask[1800:].any()  # legs
 
 
+@pytest.mark.long  # make test must stay well below its eight minutes
 def test_a_job_over_http_gives_the_pipelines_picture(config: Config, tryon: TryOn, upload: np.ndarray, reference: np.ndarray) -> None:
     """The whole contract once, with the real model: post, poll, fetch; the answer is what the pipeline paints."""
     from backend.app.api import create_app
