@@ -2,6 +2,7 @@
 
     python benchmarks/serve.py                    all of it with the demo's bundle (make demo)
     python benchmarks/serve.py paths --compile    only the pipeline, also compiled
+    python benchmarks/serve.py paths --size sdxl --steps 30 --config configs/rtx3060.yaml --compile     random networks of SDXL's size, on a card
     python benchmarks/serve.py --config configs/rtx3060.yaml --steps 30 --json
 
 ``overhead``: from the first byte of the upload to the last of the picture over HTTP, against the bare pipeline: the same bytes decoded,
@@ -24,12 +25,14 @@ if __name__ == "__main__":  # run as a file: the checkout must be importable
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import http.client
 import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -198,19 +201,70 @@ def health(client: httpx.Client, options: argparse.Namespace, photos: tuple[byte
 # ---- the pipeline ----
 
 
+def sdxl_painter(config: Config, folder: Path) -> Any:
+    """The painter over random networks of SDXL's size, made on the device; the text encoders take the way through a weights folder."""
+    import torch
+    from diffusers import EulerDiscreteScheduler
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    from backend.demo import miniature
+    from backend.training.models.texture_encoder import new_encoder
+    from backend.tryon import conditioning
+    from backend.tryon.painter import Painter, device_and_dtype
+    from benchmarks.stage2_parts import SCHEDULER, SIZES, random_model, random_vae
+
+    miniature.build(folder)  # tokenizers, and the layout
+    config = config.model_copy(update={"paths": config.paths.model_copy(update={"weights": folder})})
+    device, dtype = device_and_dtype(config)
+    inpainting = conditioning.inpainting_folder(folder)
+    shapes = {
+        "text_encoder": (
+            CLIPTextModel,
+            {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+        ),
+        "text_encoder_2": (
+            CLIPTextModelWithProjection,
+            {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20, "hidden_act": "gelu"},
+        ),
+    }
+    for name, (kind, shape) in shapes.items():
+        small = CLIPTextConfig.from_pretrained(inpainting / name)
+        ids = {key: getattr(small, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")}
+        shutil.rmtree(inpainting / name)
+        with torch.device(device):
+            encoder = kind(CLIPTextConfig(**shape, **ids, vocab_size=49408, projection_dim=shape["hidden_size"]))
+        encoder.to(dtype).save_pretrained(inpainting / name)
+    EulerDiscreteScheduler.from_config(SCHEDULER).save_pretrained(inpainting / "scheduler")
+    size = SIZES["full"]
+    model = random_model(size, config.train.style_tokens, device, dtype).eval()
+    encoder = new_encoder(config.texture.layers, dropout=0.0, seed=0).eval()
+    return Painter(model, encoder, config, vae=random_vae(size, device, dtype))
+
+
 def paths(config: Config, options: argparse.Namespace) -> dict[str, Any]:
     """Seconds of one head crop by each path, and how many times faster than plain diffusers it is."""
+    from backend.tryon.pipeline import TryOn
+
+    if options.size == "bundle":
+        tryon = TryOn.load(config)
+        return painted(tryon._painter, int(tryon.header["resolution"]), config, options)
+    with tempfile.TemporaryDirectory() as folder:
+        weights = Path(folder) / "weights"
+        painter = sdxl_painter(config, weights)
+        config = config.model_copy(update={"paths": config.paths.model_copy(update={"weights": weights})})
+        return painted(painter, 1024, config, options)
+
+
+def painted(painter: Any, side: int, config: Config, options: argparse.Namespace) -> dict[str, Any]:
+    """The arms of ``paths`` over the networks of a painter."""
     import torch
     from diffusers import StableDiffusionXLInpaintPipeline
 
     from backend.tryon import conditioning
     from backend.tryon.painter import PaintRequest
-    from backend.tryon.pipeline import TryOn
     from backend.tryon.placement import Placement
     from backend.tryon.remembered import Remembered
 
-    tryon = TryOn.load(config)
-    painter, side = tryon._painter, int(tryon.header["resolution"])
     rng = np.random.default_rng(0)
     photo = rng.integers(0, 256, (side, side, 3), dtype=np.uint8)
     region = np.zeros((side, side), np.uint8)
@@ -223,8 +277,9 @@ def paths(config: Config, options: argparse.Namespace) -> dict[str, Any]:
     known = painter.style_features(style)
     folder = conditioning.inpainting_folder(config.paths.weights)
     parameter = next(sampler.model.unet.parameters())
+    own = [copy.deepcopy(network).to(memory_format=torch.contiguous_format) for network in (sampler.model.unet, sampler.vae)]
     plain = StableDiffusionXLInpaintPipeline.from_pretrained(
-        folder, unet=sampler.model.unet, vae=sampler.vae, torch_dtype=parameter.dtype, local_files_only=True
+        folder, unet=own[0], vae=own[1], torch_dtype=parameter.dtype, local_files_only=True
     ).to(parameter.device)
     plain.set_progress_bar_config(disable=True)
     picture = torch.from_numpy(photo).permute(2, 0, 1)[None].float() / 255
@@ -247,24 +302,39 @@ def paths(config: Config, options: argparse.Namespace) -> dict[str, Any]:
         painter._remembered = Remembered(1)
         by_us(look=style)()
 
+    def contiguous() -> None:
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            for network in (sampler.model.unet, sampler.vae):
+                network.to(memory_format=memory_format)
+            if memory_format == torch.contiguous_format:
+                by_us()()
+
     arms = {
         "diffusers": by_diffusers,
         "ours, nothing remembered": forgetful,
         "ours, prompt remembered": by_us(look=style),
         "ours, prompt and reference remembered": by_us(),
-        f"ours, lcm, {options.few} steps": by_us(options.few, 1.0, few_step="lcm"),
+        f"ours lcm, {options.few} steps": by_us(options.few, 1.0, few_step="lcm"),
     }
-    times = measured(arms, options.repeats, parameter.device)
-    if parameter.device.type == "cuda":  # by itself: it leaves the networks at rest
+    on_card = parameter.device.type == "cuda"
+    if on_card:
+        arms["ours, channels first"] = contiguous
+    wanted = {name: arm for name, arm in arms.items() if name == "diffusers" or any(part in name for part in options.arms)}
+    times = measured(wanted, options.repeats, parameter.device)
+    if on_card and any(part in "ours, offload" for part in options.arms):  # by itself: it leaves the networks at rest
         times |= measured(
             {"ours, offload": by_us(placement=Placement(parameter.device, torch.device("cpu")))}, options.repeats, parameter.device
         )
     if options.compile:
         sampler.model.to(parameter.device)
         sampler.vae.to(parameter.device)
+        began = time.perf_counter()
         painter.compile(side, guidance)
-        compiled = {"ours, compiled": by_us(), f"ours, compiled, lcm, {options.few} steps": by_us(options.few, 1.0, few_step="lcm")}
-        times |= measured(compiled, options.repeats, parameter.device)
+        compiling = time.perf_counter() - began
+        print(f"compiled in {compiling:.0f} s", file=sys.stderr)
+        compiled = {"ours compiled": by_us(), f"compiled, lcm, {options.few} steps": by_us(options.few, 1.0, few_step="lcm")}
+        wanted = {name: arm for name, arm in compiled.items() if any(part in name for part in options.arms)}
+        times |= {**measured(wanted, options.repeats, parameter.device), "compiling": [compiling]}
     reference = statistics.median(times["diffusers"])
     return {
         name: {
@@ -306,8 +376,10 @@ def measured(arms: dict[str, Callable[[], None]], repeats: int, device: Any) -> 
             run()
             if device.type == "cuda":
                 torch.cuda.synchronize()
+            seconds = time.perf_counter() - start
+            print(f"{name}: {seconds:.3f} s{'' if repeat else ' (not counted)'}", file=sys.stderr)
             if repeat:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(seconds)
     return times
 
 
@@ -331,6 +403,12 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=15.0, help="of each look at /healthz")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--size", choices=("bundle", "sdxl"), default="bundle", help="paths: the deployed bundle, or random networks of SDXL's size"
+    )
+    parser.add_argument(
+        "--arms", type=lambda text: text.split(","), default=[""], help="paths: beside diffusers, those whose names contain one of these"
+    )
     parser.add_argument("--compile", action="store_true", help="also compiled; minutes of compiling")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_intermixed_args()
@@ -341,7 +419,7 @@ def main() -> int:
         return serve(config, what[1])
     wanted = what or ["overhead", "health", "paths", "references"]
     report: dict[str, Any] = {"config": config.name, "steps": options.steps}
-    photos = (encode_png(portrait(7)), encode_png(portrait(11)))
+    photos = (encode_png(portrait(7)), encode_png(portrait(11))) if {"health", "overhead"} & set(wanted) else ()
     if "health" in wanted:
         report["health"] = {}
         for place in ("thread", "process"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -34,6 +35,7 @@ ARMS: dict[str, Callable[[Setting], dict[str, Any]]] = {
     "reference-cached": lambda setting: reference(setting, vae=False),
     "ours-eager": lambda setting: ours(setting, arithmetic="eager"),
     "ours-profile": profile,
+    **{f"preset-{name}": functools.partial(ours, preset=name) for name in ("full-8gb", "lora", "partial", "full-80gb", "full-exact")},
 }
 
 

@@ -5,8 +5,9 @@
 
 Arms (one process each, so that peaks are clean): ours = preset full-12gb from cached latents at batch 1, 2 and 4, with the VAE in the
 loop, with the eager optimizer, and as configs/rtx3060.yaml has it under a hard cap of 11 GiB with a checkpoint and a picture; reference =
-a loop as in diffusers' SDXL examples; adafactor-hooks = transformers' Adafactor inside the backward pass with stochastic rounding. All
-run with expandable segments. The JSON is rewritten after each arm; an arm that does not fit the time is left out and named.
+a loop as in diffusers' SDXL examples; adafactor-hooks = transformers' Adafactor inside the backward pass with stochastic rounding;
+preset-NAME = each other preset, beside its plan (full-exact with its weights in host memory). Side arms take fewer steps (BRIEF). All run
+with expandable segments. The JSON is rewritten after each arm; an arm that does not fit the time is left out and named.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ from typing import Any
 
 NAMES = (
     "kernel-check", "ours", "reference-vae", "ours-vae", "ours-capped", "adafactor-hooks", "ours-b2", "ours-b4", "reference-cached",
-    "ours-eager", "ours-profile",
+    "ours-eager", "ours-profile", "preset-full-8gb", "preset-lora", "preset-partial", "preset-full-80gb", "preset-full-exact",
 )  # fmt: skip
+BRIEF = {"preset-": (3, 10), "preset-full-exact": (1, 2), "ours-b": (5, 25), "adafactor": (3, 10), "ours-eager": (3, 15)}  # warm-up, steps
 LIBRARIES = ("torch", "diffusers", "transformers", "safetensors", "triton", "bitsandbytes", "accelerate")
 CHECKPOINT_GIB = 9  # free disk that the capped arm needs
 
@@ -90,13 +92,21 @@ class CardMemory:
         return None if self.peak is None or self.before is None else round((self.peak - self.before) / 1024, 3)
 
 
+def steps_of(name: str, options: argparse.Namespace) -> tuple[int, int]:
+    """Warm-up and timed steps of an arm: as asked, fewer for a side arm."""
+    brief = [BRIEF[start] for start in BRIEF if name.startswith(start)]
+    warmup, steps = brief[-1] if brief else (options.warmup, options.steps)
+    return min(warmup, options.warmup), min(steps, options.steps)
+
+
 def run_arm(name: str, options: argparse.Namespace, arithmetic: str, allocator: str, limit: float) -> dict[str, Any]:
     """Runs one arm in a process of its own and returns what it reports, or how it failed."""
+    warmup, steps = steps_of(name, options)
     with tempfile.TemporaryDirectory() as folder:
         answer, log = Path(folder) / "result.json", Path(folder) / "log"
         command = [
-            sys.executable, __file__, "--arm", name, "--out", str(answer), "--size", options.size, "--warmup", str(options.warmup),
-            "--steps", str(options.steps), "--seconds", str(options.seconds), "--cap", str(options.cap), "--arithmetic", arithmetic,
+            sys.executable, __file__, "--arm", name, "--out", str(answer), "--size", options.size, "--warmup", str(warmup),
+            "--steps", str(steps), "--seconds", str(options.seconds), "--cap", str(options.cap), "--arithmetic", arithmetic,
         ]  # fmt: skip
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", **({"PYTORCH_ALLOC_CONF": allocator} if allocator else {})}
         began, card = time.monotonic(), CardMemory()

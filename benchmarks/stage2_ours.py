@@ -1,4 +1,4 @@
-"""The product's own step as an arm of benchmarks/stage2_gpu.py: preset full-12gb over random networks and cached samples."""
+"""The product's own step as an arm of benchmarks/stage2_gpu.py: its presets over random networks and cached samples."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from backend.config import REPO_ROOT, Config, load_config
-from backend.training import checkpoints
+from backend.training import checkpoints, presets
 from backend.training.keyed import batches
 from backend.training.lowmem import Arithmetic, FusedFactoredAdam
 from backend.training.memory_plan import memory_plan
@@ -61,7 +61,10 @@ class Ours:
 def build_ours(setting: Setting, config: Config, *, vae: bool, texture: bool = False) -> Ours:
     """Everything that Stage2Run would load."""
     size, device, train = setting.size, setting.device, config.train
-    model = ready_for_training(random_model(size, train.style_tokens, device, weights_dtype(train.preset)), train, device)
+    drawn_model = random_model(size, train.style_tokens, device, weights_dtype(train.preset))
+    if presets.offloaded(train, device, 1):
+        drawn_model.to("cpu")  # drawn on the card, where it is quick
+    model = ready_for_training(drawn_model, train, device)
     optimizer = build_optimizer(model, train, setting.arithmetic)
     frozen = random_vae(size, device, torch.bfloat16 if device.type == "cuda" else torch.float32) if vae else None
     noising = NoiseSchedule(SCHEDULER)
@@ -71,10 +74,12 @@ def build_ours(setting: Setting, config: Config, *, vae: bool, texture: bool = F
     return Ours(config, Stage2Step(config, model, optimizer, noising, vae=frozen, perceptual=perceptual), drawn, frozen)
 
 
-def ours(setting: Setting, *, batch: int = 1, vae: bool = False, arithmetic: Arithmetic | None = None) -> dict[str, Any]:
-    """Preset full-12gb from cached latents, or with the VAE in the loop."""
+def ours(
+    setting: Setting, *, preset: str = "full-12gb", batch: int = 1, vae: bool = False, arithmetic: Arithmetic | None = None
+) -> dict[str, Any]:
+    """A preset from cached latents, or with the VAE in the loop."""
     setting = dataclasses.replace(setting, arithmetic=arithmetic or setting.arithmetic)
-    config = configuration(setting, batch_size=batch)
+    config = configuration(setting, preset=preset, batch_size=batch)
     trained = build_ours(setting, config, vae=vae)
     stream = batches(SAMPLES, batch, config.train.seed, 0, config.train.steps)
     if vae:
@@ -82,8 +87,8 @@ def ours(setting: Setting, *, batch: int = 1, vae: bool = False, arithmetic: Ari
         measured = Meter(setting).run(lambda n: trained.run_encoding(n, next(stream)[1], photo, bald), batch)
     else:
         measured = Meter(setting).run(lambda n: trained.run(n, next(stream)[1]), batch)
-    assert isinstance(trained.step.optimizer, FusedFactoredAdam)
-    return {**measured, "arithmetic": trained.step.optimizer.arithmetic, "plan": plan(setting, config, vae=vae)}
+    arithmetic = getattr(trained.step.optimizer, "arithmetic", None)  # AdamW has one only
+    return {**measured, "preset": preset, "arithmetic": arithmetic, "plan": plan(setting, config, vae=vae)}
 
 
 def profile(setting: Setting) -> dict[str, Any]:
