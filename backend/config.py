@@ -105,6 +105,7 @@ class TextureConfig(Section):
         10  # validations without a better balanced accuracy before stopping; 0: last weights, no early stop
     )
     precision: Literal["bf16", "fp32"] = "bf16"  # bf16 on cards that have it; a CPU computes fp32
+    compile: bool = False  # torch.compile with CUDA graphs: a minute at the start, faster steps afterwards; one card only
     workers: Annotated[int, Field(ge=0)] = 4
     seed: int = 0
 
@@ -150,6 +151,7 @@ class TrainConfig(Section):
     min_snr_gamma: Annotated[float, Field(ge=0)] = 0.0  # 0: off
     noise_offset: Annotated[float, Field(ge=0)] = 0.0
     gradient_checkpointing: bool = True
+    compile: bool = False  # torch.compile of the UNet's repeated blocks: a minute at the start, faster steps afterwards
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0  # decay per step of the weights' moving average, kept on the CPU and deployed; 0: off
     ema_every: Positive = 10  # steps between its updates
     prefetch: Annotated[int, Field(ge=0, le=16)] = 1  # threads that draw coming batches; 0: none

@@ -25,7 +25,6 @@ if __name__ == "__main__":  # run as a file: the checkout must be importable
 
 import argparse
 import contextlib
-import copy
 import dataclasses
 import http.client
 import importlib.metadata
@@ -277,9 +276,8 @@ def painted(painter: Any, side: int, config: Config, options: argparse.Namespace
     known = painter.style_features(style)
     folder = conditioning.inpainting_folder(config.paths.weights)
     parameter = next(sampler.model.unet.parameters())
-    own = [copy.deepcopy(network).to(memory_format=torch.contiguous_format) for network in (sampler.model.unet, sampler.vae)]
     plain = StableDiffusionXLInpaintPipeline.from_pretrained(
-        folder, unet=own[0], vae=own[1], torch_dtype=parameter.dtype, local_files_only=True
+        folder, unet=sampler.model.unet, vae=sampler.vae, torch_dtype=parameter.dtype, local_files_only=True
     ).to(parameter.device)
     plain.set_progress_bar_config(disable=True)
     picture = torch.from_numpy(photo).permute(2, 0, 1)[None].float() / 255
@@ -302,11 +300,11 @@ def painted(painter: Any, side: int, config: Config, options: argparse.Namespace
         painter._remembered = Remembered(1)
         by_us(look=style)()
 
-    def contiguous() -> None:
-        for memory_format in (torch.contiguous_format, torch.channels_last):
+    def channels_last() -> None:
+        for memory_format in (torch.channels_last, torch.contiguous_format):
             for network in (sampler.model.unet, sampler.vae):
                 network.to(memory_format=memory_format)
-            if memory_format == torch.contiguous_format:
+            if memory_format == torch.channels_last:
                 by_us()()
 
     arms = {
@@ -318,7 +316,7 @@ def painted(painter: Any, side: int, config: Config, options: argparse.Namespace
     }
     on_card = parameter.device.type == "cuda"
     if on_card:
-        arms["ours, channels first"] = contiguous
+        arms["ours, channels last"] = channels_last
     wanted = {name: arm for name, arm in arms.items() if name == "diffusers" or any(part in name for part in options.arms)}
     times = measured(wanted, options.repeats, parameter.device)
     if on_card and any(part in "ours, offload" for part in options.arms):  # by itself: it leaves the networks at rest
@@ -328,13 +326,16 @@ def painted(painter: Any, side: int, config: Config, options: argparse.Namespace
     if options.compile:
         sampler.model.to(parameter.device)
         sampler.vae.to(parameter.device)
-        began = time.perf_counter()
-        painter.compile(side, guidance)
-        compiling = time.perf_counter() - began
-        print(f"compiled in {compiling:.0f} s", file=sys.stderr)
-        compiled = {"ours compiled": by_us(), f"compiled, lcm, {options.few} steps": by_us(options.few, 1.0, few_step="lcm")}
-        wanted = {name: arm for name, arm in compiled.items() if any(part in name for part in options.arms)}
-        times |= {**measured(wanted, options.repeats, parameter.device), "compiling": [compiling]}
+        for name, steps, scale, few_step in (
+            ("ours compiled", options.steps, guidance, None),
+            ("few compiled, lcm", options.few, 1.0, "lcm"),
+        ):
+            if any(part in name for part in options.arms):
+                painter.sampler = dataclasses.replace(sampler, few_step=few_step)
+                began = time.perf_counter()
+                painter.compile(side, scale)
+                print(f"{name}: compiled in {time.perf_counter() - began:.0f} s", file=sys.stderr)
+                times |= measured({f"{name}, {steps} steps": by_us(steps, scale, few_step=few_step)}, options.repeats, parameter.device)
     reference = statistics.median(times["diffusers"])
     return {
         name: {

@@ -48,6 +48,7 @@ from backend.training.texture_trainer import Trainer, labels_of
 from backend.training.train_texture import RESULT, train_texture
 
 PROBE_PATCHES = 1024
+WARMUP = 4  # steps that are not timed; a compiled network records its graphs in them
 
 
 def print_surroundings(device: torch.device) -> None:
@@ -169,6 +170,7 @@ def speed(arguments: argparse.Namespace) -> None:
     print_surroundings(device)
     layers = [int(count) for count in arguments.layers.split(",")]
     settings = {"layers": layers, "image_size": arguments.size, "batch_size": arguments.batch, "workers": arguments.workers}
+    settings["compile"] = arguments.compile
     config = TextureConfig.model_validate(settings)
     print(
         f"blocks {layers}, {arguments.size} px, {arguments.batch} patches = {2 * arguments.batch} views a step, {arguments.workers} workers"
@@ -177,11 +179,11 @@ def speed(arguments: argparse.Namespace) -> None:
         table = write_patches(Path(folder))
         rivals = {"plain fp32 loop": plain_steps(table, config, device), "stage 1": our_steps(table, config, device)}
         taken: dict[str, list[tuple[float, float]]] = {name: [] for name in rivals}
-        for turn in range(arguments.steps + 2):  # taken in turn, so that whatever else the machine does meets both; two to warm up
+        for turn in range(arguments.steps + WARMUP):  # taken in turn, so that whatever else the machine does meets both
             for name, steps in rivals.items():
                 start = time.perf_counter()
                 waited = next(steps)
-                if turn >= 2:
+                if turn >= WARMUP:
                     taken[name].append((time.perf_counter() - start, waited))
     rates = {}
     for name, found in taken.items():
@@ -281,6 +283,7 @@ def main() -> None:
     fast.add_argument("--batch", type=int, default=16)
     fast.add_argument("--workers", type=int, default=1)
     fast.add_argument("--steps", type=int, default=10)
+    fast.add_argument("--compile", action="store_true", help="texture.compile=true: a minute of compiling")
     fast.set_defaults(run=speed)
     good = verbs.add_parser("quality")
     good.add_argument("--config", default=None)

@@ -34,6 +34,8 @@ ARMS: dict[str, Callable[[Setting], dict[str, Any]]] = {
     "ours-b4": lambda setting: ours(setting, batch=4),
     "reference-cached": lambda setting: reference(setting, vae=False),
     "ours-eager": lambda setting: ours(setting, arithmetic="eager"),
+    "ours-compiled": lambda setting: ours(setting, compiled=True),
+    "ours-vae-compiled": lambda setting: ours(setting, vae=True, compiled=True),
     "ours-profile": profile,
     **{f"preset-{name}": functools.partial(ours, preset=name) for name in ("full-8gb", "lora", "partial", "full-80gb", "full-exact")},
 }

@@ -35,9 +35,12 @@ from typing import Any
 
 NAMES = (
     "kernel-check", "ours", "reference-vae", "ours-vae", "ours-capped", "adafactor-hooks", "ours-b2", "ours-b4", "reference-cached",
-    "ours-eager", "ours-profile", "preset-full-8gb", "preset-lora", "preset-partial", "preset-full-80gb", "preset-full-exact",
+    "ours-compiled", "ours-vae-compiled", "ours-eager", "ours-profile",
+    "preset-full-8gb", "preset-lora", "preset-partial", "preset-full-80gb", "preset-full-exact",
 )  # fmt: skip
-BRIEF = {"preset-": (3, 10), "preset-full-exact": (1, 2), "ours-b": (5, 25), "adafactor": (3, 10), "ours-eager": (3, 15)}  # warm-up, steps
+BRIEF = {  # of arms whose names begin so: warm-up and timed steps at most
+    "preset-": (3, 10), "preset-full-exact": (1, 2), "ours-b": (5, 25), "adafactor": (3, 10), "ours-eager": (3, 15)
+}  # fmt: skip
 LIBRARIES = ("torch", "diffusers", "transformers", "safetensors", "triton", "bitsandbytes", "accelerate")
 CHECKPOINT_GIB = 9  # free disk that the capped arm needs
 

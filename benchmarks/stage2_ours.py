@@ -75,11 +75,12 @@ def build_ours(setting: Setting, config: Config, *, vae: bool, texture: bool = F
 
 
 def ours(
-    setting: Setting, *, preset: str = "full-12gb", batch: int = 1, vae: bool = False, arithmetic: Arithmetic | None = None
-) -> dict[str, Any]:
+    setting: Setting, *, preset: str = "full-12gb", batch: int = 1, vae: bool = False, arithmetic: Arithmetic | None = None,
+    compiled: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """A preset from cached latents, or with the VAE in the loop."""
     setting = dataclasses.replace(setting, arithmetic=arithmetic or setting.arithmetic)
-    config = configuration(setting, preset=preset, batch_size=batch)
+    config = configuration(setting, preset=preset, batch_size=batch, compile=compiled)
     trained = build_ours(setting, config, vae=vae)
     stream = batches(SAMPLES, batch, config.train.seed, 0, config.train.steps)
     if vae:

@@ -20,11 +20,11 @@ def key(seed: int, purpose: str, *position: int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
-def torch_generator(seed: int, purpose: str, *position: int) -> torch.Generator:
-    """A CPU generator for one purpose at one position; drawing on the CPU makes the numbers the same on every device."""
+def torch_generator(seed: int, purpose: str, *position: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator for one purpose at one position; drawing on the CPU makes the numbers the same on every device."""
     import torch  # late: a Stage 0 worker takes its keys from here and would hold 500 MB of torch for them
 
-    return torch.Generator().manual_seed(key(seed, purpose, *position))
+    return torch.Generator(device).manual_seed(key(seed, purpose, *position))
 
 
 def numpy_generator(seed: int, purpose: str, *position: int) -> np.random.Generator:

@@ -28,7 +28,7 @@ BETA1 = 0.9
 DECAY_POWER = 0.8  # beta2 at update t is 1 - t^-0.8 (Adafactor, arXiv 1804.04235, section 7.2)
 EPSILON = 1e-30
 CLIP_RMS = 1.0  # bound on an update's root mean square (section 6), per tensor and called so
-GROUP_BYTES = 32 * 2**20  # gradients that wait for a common launch
+GROUP_BYTES = 64 * 2**20  # gradients that wait for a common launch
 TRITON_CAPABILITY = (8, 0)  # bfloat16 arithmetic
 NORM = "clipping|previous_square"  # the state's name for the squared gradient norm of the update before
 

@@ -45,7 +45,7 @@ def ready_for_training(
     model.unet.to(weights_dtype(train.preset))
     choose_trained(model, train)
     if train.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
+        model.enable_gradient_checkpointing(reentrant=presets.of(train).inside_backward)
     count = 1 if processes is None else processes.count
     if presets.offloaded(train, device, count):
         stream(model.unet, device)
@@ -53,7 +53,10 @@ def ready_for_training(
         return model.train()
     if processes is not None and presets.sharded(train, count):
         shard(model.unet, processes)
-    return model.to(device).train()
+    model.to(device)
+    if train.compile:
+        model.unet.compile_repeated_blocks()
+    return model.train()
 
 
 def build_optimizer(model: nn.Module, train: TrainConfig, arithmetic: Arithmetic = "auto", processes: Processes | None = None) -> Optimizer:

@@ -34,6 +34,8 @@ class Trainer:
             self.encoder = nn.SyncBatchNorm.convert_sync_batchnorm(self.encoder)  # type: ignore[no-untyped-call]
         self.average = copy.deepcopy(self.encoder).eval().requires_grad_(False) if config.ema else None
         self.model: nn.Module = self.encoder if processes.count == 1 else nn.parallel.DistributedDataParallel(self.encoder)
+        if config.compile and processes.count == 1:
+            self.model = torch.compile(self.encoder, mode="reduce-overhead")  # type: ignore[assignment]
         self.names = {parameter: name for name, parameter in self.encoder.named_parameters()}
         matrices = [p for p in self.names if p.ndim > 1]
         vectors = [p for p in self.names if p.ndim == 1]  # biases and batch-norm scales are not decayed
@@ -89,10 +91,12 @@ class Trainer:
         size, device = len(batch.patches), processes.device
         rows = processes.rows(size)
         views = draw_views(size, config.seed, batch.step)[:, rows].to(device)
-        dropout = torch.rand((2, size, HEADS, EMBEDDING), generator=keyed.torch_generator(config.seed, "texture dropout", batch.step))
+        # Half a million numbers: a card draws its own, sooner than a CPU could.
+        draw = keyed.torch_generator(config.seed, "texture dropout", batch.step, device=device)
+        dropout = torch.rand((2, size, HEADS, EMBEDDING), generator=draw, device=device)
         images = augment(batch.images.to(device, non_blocking=True), views)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
-            output: TextureOutput = self.model(images, dropout[:, rows].flatten(0, 1).to(device))
+            output: TextureOutput = self.model(images, dropout[:, rows].flatten(0, 1))
         seen = labels.repeated(self._order(size).to(device))
         projection, curl, volume = (processes.all_rows(t.float()) for t in (output.projection, output.curl_logits, output.volume_logits))
         return {

@@ -64,9 +64,6 @@ class Painter:
         home = self._placement.home
         inpainting = conditioning.inpainting_folder(config.paths.weights)
         vae = vae if vae is not None else conditioning.load_vae(inpainting, device=home, dtype=dtype)
-        if device.type == "cuda":  # its convolutions are quicker so (docs/serving.md)
-            model.unet.to(memory_format=torch.channels_last)
-            vae.to(memory_format=torch.channels_last)
         model.unet.to(dtype)
         self._texts = conditioning.TextEncoders(inpainting, device=home, dtype=dtype)
         self._remembered: Remembered[str, tuple[torch.Tensor, torch.Tensor]] = Remembered(256)  # people type many prompts

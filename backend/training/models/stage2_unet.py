@@ -96,11 +96,15 @@ class HairInpaintingUNet(nn.Module):
         """Where it computes: the injector is always there, while the UNet's weights may stay in host memory."""
         return self.injector.style_null.device
 
-    def enable_gradient_checkpointing(self) -> None:
-        """Recomputes each block's activations in the backward pass. Nothing here draws random numbers, so no generator state is kept."""
+    def enable_gradient_checkpointing(self, *, reentrant: bool = False) -> None:
+        """Recomputes each block's activations in the backward pass. Nothing here draws random numbers, so no generator state is kept.
+
+        reentrant: PyTorch's older way, with a backward pass of each block's own. It calls no Python for each kept tensor, which a host that
+        launches slower than its card computes notices; it suits neither several processes nor offloaded weights.
+        """
 
         def recomputed(module: nn.Module, *inputs: Any) -> Any:
-            return checkpoint(module, *inputs, use_reentrant=False, preserve_rng_state=False)
+            return checkpoint(module, *inputs, use_reentrant=reentrant, preserve_rng_state=False)
 
         self.unet.enable_gradient_checkpointing(recomputed)
 
