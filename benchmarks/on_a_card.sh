@@ -24,11 +24,12 @@ measure() {
 }
 
 product() {
-  local here="--config configs/demo.yaml device=cuda data.workers=4 texture.steps=40 train.steps=60 train.save_every=20 evaluate.samples=8
+  local here="--config configs/demo.yaml device=${DEVICE:-cuda} data.workers=4 texture.steps=40 train.steps=60 train.save_every=20 evaluate.samples=8
     evaluate.samples_reconstruction=8"
   export OMP_NUM_THREADS=2
   {
     for verb in demo-data prepare texture; do nice python3 -m backend.cli $verb $here || echo "$verb: code $?"; done
+    mkdir -p "$WORK/full12" && cp runs/demo/checkpoints/texture_encoder.safetensors "$WORK/full12"
     nice python3 -m backend.cli train $here train.preset=full-12gb paths.checkpoints="$WORK/full12" train.start=null
     echo "full-12gb: code $?"
     nice timeout "${PRODUCT:-60}" python3 -m backend.cli run $here
