@@ -82,7 +82,7 @@ class Silhouette:
     face_box: Box | None
 
 
-BORROWED = 4  # silhouettes joined to each training region
+BORROWED = 8  # silhouettes joined to each training region
 FACE_MARGIN = 0.012  # growth of the present hair where it lies on eyes, nose and mouth, share of the crop's side
 FRINGES = 1  # of those, how many also cover the face where they lie on it
 
