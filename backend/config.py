@@ -104,8 +104,7 @@ class TextureConfig(Section):
     patience: Annotated[int, Field(ge=0)] = (
         10  # validations without a better balanced accuracy before stopping; 0: last weights, no early stop
     )
-    precision: Literal["bf16", "fp32"] = "bf16"  # bf16 on cards that have it; a CPU computes fp32
-    compile: bool = False  # torch.compile with CUDA graphs: a minute at the start, faster steps afterwards; one card only
+    precision: Literal["bf16", "fp32"] = "bf16"  # bf16 on cards and CPUs that have instructions for it, else fp32
     workers: Annotated[int, Field(ge=0)] = 4
     seed: int = 0
 

@@ -1,7 +1,8 @@
 """Stage 1: is the training loop fast, and is the encoder right where simpler things are not?
 
     python benchmarks/stage1.py speed                                   images per second beside a plain PyTorch loop
-    python benchmarks/stage1.py quality --config configs/demo.yaml      unseen heads, beside two baselines and shuffled labels
+    python benchmarks/stage1.py quality --config configs/demo.yaml      unseen heads, beside two baselines
+    python benchmarks/stage1.py control --config configs/demo.yaml      trained on shuffled labels: it should be at chance
 
 ``quality`` reads the processed set and the finished Stage 1 of a configuration. All rivals are measured in the same run.
 """
@@ -29,6 +30,7 @@ import torch
 import torchvision
 from numpy.typing import NDArray
 from PIL import Image
+from scipy.stats import t as student
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, RandomSampler
@@ -37,6 +39,7 @@ from torchvision.transforms import v2
 
 from backend import artifacts
 from backend.config import Config, TextureConfig, load_config
+from backend.demo import miniature
 from backend.imaging.decode import write_png
 from backend.training import keyed
 from backend.training.models.supcon import UNKNOWN, supcon_loss
@@ -48,7 +51,7 @@ from backend.training.texture_trainer import Trainer, labels_of
 from backend.training.train_texture import RESULT, train_texture
 
 PROBE_PATCHES = 1024
-WARMUP = 4  # steps that are not timed; a compiled network records its graphs in them
+WARMUP = 2  # steps that are not timed
 
 
 def print_surroundings(device: torch.device) -> None:
@@ -170,7 +173,6 @@ def speed(arguments: argparse.Namespace) -> None:
     print_surroundings(device)
     layers = [int(count) for count in arguments.layers.split(",")]
     settings = {"layers": layers, "image_size": arguments.size, "batch_size": arguments.batch, "workers": arguments.workers}
-    settings["compile"] = arguments.compile
     config = TextureConfig.model_validate(settings)
     print(
         f"blocks {layers}, {arguments.size} px, {arguments.batch} patches = {2 * arguments.batch} views a step, {arguments.workers} workers"
@@ -213,20 +215,55 @@ def probe(features: Callable[[str, NDArray[np.int64]], NDArray[Any]], tables: di
     return score_split(Probabilities(*found), tables[split], new, seed=0)
 
 
-def shuffled(config: Config, folder: Path) -> Config:
+def shuffled(config: Config, folder: Path, seed: int) -> Config:
     """The same set with the training heads' labels dealt out anew among them; val and test keep theirs."""
-    (folder / "processed").mkdir()
+    (folder / "processed").mkdir(parents=True)
     for pictures in ("hair_patches", "style_vectors"):
         (folder / "processed" / pictures).symlink_to(config.paths.processed / pictures)
     rows = artifacts.read_jsonl(config.paths.processed / "metadata.jsonl")
     labels = {row["group"]: (row["curl"], row["volume"]) for row in rows if row["split"] == "train"}
-    dealt = dict(zip(labels, [list(labels.values())[i] for i in keyed.numpy_generator(0, "shuffle").permutation(len(labels))], strict=True))
+    dealt = dict(
+        zip(labels, [list(labels.values())[i] for i in keyed.numpy_generator(seed, "shuffle").permutation(len(labels))], strict=True)
+    )
     for row in rows:
         if row["split"] == "train":
             row["curl"], row["volume"] = dealt[row["group"]]
     artifacts.write_jsonl(folder / "processed" / "metadata.jsonl", rows)
-    paths = config.paths.model_copy(update={"processed": folder / "processed", "checkpoints": folder / "checkpoints"})
-    return config.model_copy(update={"paths": paths})
+    return config.model_copy(update={"paths": config.paths.model_copy(update={"processed": folder / "processed"})})
+
+
+def control(arguments: argparse.Namespace) -> None:
+    """Does anything but the labels tell the class? Stage 1 from a ResNet that has seen no label, on the true labels and on shuffled ones.
+
+    The shipped ResNet sorts heads by curl already: from there a shuffle predicts one class or another for all heads of a sort, which is far
+    from chance either way. One shuffle is a single draw; hence several, and an interval over them.
+    """
+    config = load_config(arguments.config, arguments.overrides)
+    texture = config.texture.model_copy(update={"steps": arguments.steps, "save_every": arguments.steps, "patience": 0})
+    tables = read_patch_tables(config.paths.processed)
+    images = {split: PatchImages(tables[split], texture.image_size, workers=2) for split in ("val", "test")}
+    print(f"{arguments.steps} steps each, from untrained weights; balanced accuracy by photo; chance: curl 0.250, volume 0.333")
+    found: dict[tuple[str, str], list[float]] = {}
+    with tempfile.TemporaryDirectory() as work:
+        for number in range(arguments.shuffles + 1):
+            folder = Path(work) / str(number)
+            miniature.create("resnet", folder / "weights", seed=number)
+            dealt = shuffled(config, folder, number) if number else config
+            places = {"weights": folder / "weights", "checkpoints": folder / "checkpoints"}
+            train_texture(dealt.model_copy(update={"texture": texture, "paths": dealt.paths.model_copy(update=places)}))
+            encoder = load_texture_encoder(folder / "checkpoints" / RESULT)
+            for split, seen in images.items():
+                numbers = tables[split].spread(len(tables[split]))
+                scores = score_split(predict_probabilities(encoder, seen, numbers), tables[split], numbers, seed=0)
+                show(f"{split}: {'shuffle ' + str(number) if number else 'true labels'}", scores)
+                for label in ("curl", "volume") if number else ():
+                    found.setdefault((split, label), []).append(scores[label]["photo"]["balanced_accuracy"])
+    for (split, label), values in found.items():
+        mean, error = statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
+        reach = float(student.ppf(0.975, len(values) - 1)) * error
+        print(
+            f"{split}, {label}: mean of {len(values)} shuffles {mean:.3f}, 95 % interval over shuffles [{mean - reach:.3f}, {mean + reach:.3f}]"
+        )
 
 
 def show(name: str, scores: dict[str, Any]) -> None:
@@ -251,9 +288,6 @@ def quality(arguments: argparse.Namespace) -> None:
     untrained = new_encoder(config.texture.layers, dropout=0.0, seed=0).eval()
     heads = {split: len(table.group_names) for split, table in tables.items()}
     print(f"heads {heads}; balanced accuracy by photo with 95 % interval over heads; chance: curl 0.250, volume 0.333")
-    with tempfile.TemporaryDirectory() as folder:
-        train_texture(shuffled(config, Path(folder)))
-        control = load_texture_encoder(Path(folder) / "checkpoints" / RESULT)
     for split in ("val", "test"):
         table = tables[split]
         if len(table):
@@ -262,7 +296,6 @@ def quality(arguments: argparse.Namespace) -> None:
             show("stage 1", score_split(predict_probabilities(trained, images[split], numbers), table, numbers, seed=0))
             show("random encoder, linear probe", probe(lambda s, n: embed(untrained, images[s], n).pooled, tables, split))
             show("colour histogram, linear probe", probe(lambda s, n: colour_histogram(images[s], n), tables, split))
-            show("stage 1 on shuffled labels", score_split(predict_probabilities(control, images[split], numbers), table, numbers, seed=0))
     found = artifacts.read_header(config.paths.checkpoints / RESULT)["metrics"]["colour_probe"]
     print(
         "colour by linear probe, mean CIEDE2000: "
@@ -283,12 +316,17 @@ def main() -> None:
     fast.add_argument("--batch", type=int, default=16)
     fast.add_argument("--workers", type=int, default=1)
     fast.add_argument("--steps", type=int, default=10)
-    fast.add_argument("--compile", action="store_true", help="texture.compile=true: a minute of compiling")
     fast.set_defaults(run=speed)
     good = verbs.add_parser("quality")
     good.add_argument("--config", default=None)
     good.add_argument("overrides", nargs="*")
     good.set_defaults(run=quality)
+    blind = verbs.add_parser("control")
+    blind.add_argument("--config", default=None)
+    blind.add_argument("--steps", type=int, default=600)
+    blind.add_argument("--shuffles", type=int, default=6)
+    blind.add_argument("overrides", nargs="*")
+    blind.set_defaults(run=control)
     arguments = parser.parse_args()
     arguments.run(arguments)
 

@@ -37,9 +37,11 @@ class Meter:
     setting: Setting
 
     def run(self, step: Callable[[int], float], batch: int) -> dict[str, Any]:
-        """``step(n)`` trains once and returns its loss. Warm-up takes at most a third of the seconds."""
+        """``step(n)`` trains once and returns its loss. Warm-up takes at most a third of the seconds; the first step, in which kernels are
+        compiled, is not counted among them."""
         self.reset()
-        losses = self._steps(step, 0, self.setting.warmup, self.setting.seconds / 3)[1]
+        losses = self._steps(step, 0, 1, 0.0)[1]
+        losses += self._steps(step, 1, max(0, self.setting.warmup - 1), self.setting.seconds / 3)[1]
         warmed = len(losses)
         marks, more = self._steps(step, warmed, self.setting.steps, self.setting.seconds * 2 / 3)
         losses += more

@@ -19,8 +19,11 @@ _LIVE = "|weight"
 
 
 def computes_bf16(device: torch.device) -> bool:
-    """Whether bf16 is worth its precision: on a card that has it. On a CPU with AVX512-BF16 it was measured slower than fp32."""
-    return device.type == "cuda" and bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    """Whether bf16 is worth its precision: on a card that has it, and on a CPU with instructions for it (benchmarks/stage1.py)."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    found = torch.cpu.get_capabilities()
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 
 class Trainer:
@@ -34,8 +37,6 @@ class Trainer:
             self.encoder = nn.SyncBatchNorm.convert_sync_batchnorm(self.encoder)  # type: ignore[no-untyped-call]
         self.average = copy.deepcopy(self.encoder).eval().requires_grad_(False) if config.ema else None
         self.model: nn.Module = self.encoder if processes.count == 1 else nn.parallel.DistributedDataParallel(self.encoder)
-        if config.compile and processes.count == 1:
-            self.model = torch.compile(self.encoder, mode="reduce-overhead")  # type: ignore[assignment]
         self.names = {parameter: name for name, parameter in self.encoder.named_parameters()}
         matrices = [p for p in self.names if p.ndim > 1]
         vectors = [p for p in self.names if p.ndim == 1]  # biases and batch-norm scales are not decayed
