@@ -20,7 +20,10 @@ from backend.training.stage2_files import PREFIX
 from backend.training.train_texture import RESULT, train_texture
 
 _BACKBONE = "backbone."
-ROUNDS = {"short": 2, "long": 1}  # runs of Stage 1, each from the ResNet of the one before: better features from few steps
+FIRST = {"steps": 900, "lr": 5e-4, "ema": 0.0}
+ROUNDS: dict[str, list[dict[str, Any]]] = {"short": [FIRST, FIRST, {}], "long": [{}]}
+"""Runs of Stage 1, each from the ResNet of the one before, and what each changes in the configuration: better features from few steps, and an
+average of the weights at the end."""
 
 LONG = (
     "data.split=[0.9, 0.04, 0.06]", "texture.steps=4000", "texture.batch_size=192", "texture.lr=8.0e-4", "texture.warmup=200",
@@ -41,15 +44,20 @@ def train_resnet(place: train_loop.Workplace) -> dict[str, Any]:
     tensors = train_textures.school(place)
     config = _world(place)
     prepare(config)
-    rounds = [config.paths.checkpoints.parent / f"round_{number}" for number in range(1, ROUNDS[place.length])] + [config.paths.checkpoints]
-    for folder in rounds:
+    rounds, steps = ROUNDS[place.length], 0
+    for number, changes in enumerate(rounds, start=1):
+        last = number == len(rounds)
+        folder = config.paths.checkpoints if last else config.paths.checkpoints.parent / f"round_{number}"
+        texture = config.texture.model_copy(update={} if place.limit else changes)
         miniature.write_resnet(config.paths.weights, _half(tensors))
-        result = train_texture(config.model_copy(update={"paths": config.paths.model_copy(update={"checkpoints": folder})}))
+        paths = config.paths.model_copy(update={"checkpoints": folder})
+        result = train_texture(config.model_copy(update={"texture": texture, "paths": paths}))
+        steps += result["steps"]
         encoder = artifacts.load_tensors(folder / RESULT)
         tensors = {name.removeprefix(_BACKBONE): tensor for name, tensor in encoder.items() if name.startswith(_BACKBONE)}
         logger.info("Stage 1 in %s: %s", folder.name, _accuracies(result))
     miniature.write_resnet(place.weights, _half(tensors))
-    return {"steps": ROUNDS[place.length] * result["steps"], "set": _set(place), "scores": _accuracies(result)}
+    return {"steps": steps, "set": _set(place), "scores": _accuracies(result)}
 
 
 def _accuracies(result: dict[str, Any]) -> dict[str, Any]:
