@@ -18,7 +18,7 @@ measure() {
   echo "== $SECONDS s"
   { until [ "$(grep -c '^diffusers:' "$OUT/serve.log" 2>/dev/null)" -ge 3 ]; do sleep 0.5; done; product; } &
   timeout 140 python3 benchmarks/serve.py paths --size sdxl --steps 30 --config configs/rtx3060.yaml --repeats 2 --compile --json \
-    --arms "${PATHS:-few}" 2>&1 | tee "$OUT/serve.log" | grep -v "kept in float32"
+    --arms "${PATHS:-compiled}" 2>&1 | tee "$OUT/serve.log" | grep -v "kept in float32"
   echo "== $SECONDS s"
   wait
 }

@@ -25,20 +25,18 @@ if __name__ == "__main__":  # run as a file: the checkout must be importable
 
 import argparse
 import contextlib
-import dataclasses
 import http.client
 import importlib.metadata
 import json
 import os
 import platform
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -197,193 +195,6 @@ def health(client: httpx.Client, options: argparse.Namespace, photos: tuple[byte
     return {"answers": len(busy), **figures}
 
 
-# ---- the pipeline ----
-
-
-def sdxl_painter(config: Config, folder: Path) -> Any:
-    """The painter over random networks of SDXL's size, made on the device; the text encoders take the way through a weights folder."""
-    import torch
-    from diffusers import EulerDiscreteScheduler
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    from backend.demo import miniature
-    from backend.training.models.texture_encoder import new_encoder
-    from backend.tryon import conditioning
-    from backend.tryon.painter import Painter, device_and_dtype
-    from benchmarks.stage2_parts import SCHEDULER, SIZES, random_model, random_vae
-
-    miniature.build(folder)  # tokenizers, and the layout
-    config = config.model_copy(update={"paths": config.paths.model_copy(update={"weights": folder})})
-    device, dtype = device_and_dtype(config)
-    inpainting = conditioning.inpainting_folder(folder)
-    shapes = {
-        "text_encoder": (
-            CLIPTextModel,
-            {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
-        ),
-        "text_encoder_2": (
-            CLIPTextModelWithProjection,
-            {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20, "hidden_act": "gelu"},
-        ),
-    }
-    for name, (kind, shape) in shapes.items():
-        small = CLIPTextConfig.from_pretrained(inpainting / name)
-        ids = {key: getattr(small, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")}
-        shutil.rmtree(inpainting / name)
-        with torch.device(device):
-            encoder = kind(CLIPTextConfig(**shape, **ids, vocab_size=49408, projection_dim=shape["hidden_size"]))
-        encoder.to(dtype).save_pretrained(inpainting / name)
-    EulerDiscreteScheduler.from_config(SCHEDULER).save_pretrained(inpainting / "scheduler")
-    size = SIZES["full"]
-    model = random_model(size, config.train.style_tokens, device, dtype).eval()
-    encoder = new_encoder(config.texture.layers, dropout=0.0, seed=0).eval()
-    return Painter(model, encoder, config, vae=random_vae(size, device, dtype))
-
-
-def paths(config: Config, options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of one head crop by each path, and how many times faster than plain diffusers it is."""
-    from backend.tryon.pipeline import TryOn
-
-    if options.size == "bundle":
-        tryon = TryOn.load(config)
-        return painted(tryon._painter, int(tryon.header["resolution"]), config, options)
-    with tempfile.TemporaryDirectory() as folder:
-        weights = Path(folder) / "weights"
-        painter = sdxl_painter(config, weights)
-        config = config.model_copy(update={"paths": config.paths.model_copy(update={"weights": weights})})
-        return painted(painter, 1024, config, options)
-
-
-def painted(painter: Any, side: int, config: Config, options: argparse.Namespace) -> dict[str, Any]:
-    """The arms of ``paths`` over the networks of a painter."""
-    import torch
-    from diffusers import StableDiffusionXLInpaintPipeline
-
-    from backend.tryon import conditioning
-    from backend.tryon.painter import PaintRequest
-    from backend.tryon.placement import Placement
-    from backend.tryon.remembered import Remembered
-
-    rng = np.random.default_rng(0)
-    photo = rng.integers(0, 256, (side, side, 3), dtype=np.uint8)
-    region = np.zeros((side, side), np.uint8)
-    region[: side // 2] = 255
-    head = conditioning.HeadInput(region, photo, np.zeros_like(photo))
-    style = rng.integers(0, 256, (224, 224, 3), dtype=np.uint8)
-    prompt = "a photo of a person with long wavy black hair"
-    guidance = config.sample.guidance
-    sampler = painter.sampler
-    known = painter.style_features(style)
-    folder = conditioning.inpainting_folder(config.paths.weights)
-    parameter = next(sampler.model.unet.parameters())
-    plain = StableDiffusionXLInpaintPipeline.from_pretrained(
-        folder, unet=sampler.model.unet, vae=sampler.vae, torch_dtype=parameter.dtype, local_files_only=True
-    ).to(parameter.device)
-    plain.set_progress_bar_config(disable=True)
-    picture = torch.from_numpy(photo).permute(2, 0, 1)[None].float() / 255
-    mask = torch.from_numpy(region > 0)[None, None].float()
-
-    def by_diffusers() -> None:
-        plain(
-            prompt=prompt, image=picture, mask_image=mask, height=side, width=side, strength=1.0, num_inference_steps=options.steps,
-            guidance_scale=guidance, generator=torch.Generator().manual_seed(0), output_type="pt",
-        )  # fmt: skip
-
-    def by_us(steps: int = options.steps, guidance: float = guidance, look: Any = known, **changes: Any) -> Callable[[], None]:
-        def paint() -> None:
-            painter.sampler = dataclasses.replace(sampler, **changes)
-            painter.paint([PaintRequest(head, look, None, prompt, 0)], steps=steps, guidance=guidance)
-
-        return paint
-
-    def forgetful() -> None:
-        painter._remembered = Remembered(1)
-        by_us(look=style)()
-
-    def channels_last() -> None:
-        for memory_format in (torch.channels_last, torch.contiguous_format):
-            for network in (sampler.model.unet, sampler.vae):
-                network.to(memory_format=memory_format)
-            if memory_format == torch.channels_last:
-                by_us()()
-
-    arms = {
-        "diffusers": by_diffusers,
-        "ours, nothing remembered": forgetful,
-        "ours, prompt remembered": by_us(look=style),
-        "ours, prompt and reference remembered": by_us(),
-        f"ours lcm, {options.few} steps": by_us(options.few, 1.0, few_step="lcm"),
-    }
-    on_card = parameter.device.type == "cuda"
-    if on_card:
-        arms["ours, channels last"] = channels_last
-    wanted = {name: arm for name, arm in arms.items() if name == "diffusers" or any(part in name for part in options.arms)}
-    times = measured(wanted, options.repeats, parameter.device)
-    if on_card and any(part in "ours, offload" for part in options.arms):  # by itself: it leaves the networks at rest
-        times |= measured(
-            {"ours, offload": by_us(placement=Placement(parameter.device, torch.device("cpu")))}, options.repeats, parameter.device
-        )
-    if options.compile:
-        sampler.model.to(parameter.device)
-        sampler.vae.to(parameter.device)
-        for name, steps, scale, few_step in (
-            ("ours compiled", options.steps, guidance, None),
-            ("few compiled, lcm", options.few, 1.0, "lcm"),
-        ):
-            if any(part in name for part in options.arms):
-                painter.sampler = dataclasses.replace(sampler, few_step=few_step)
-                began = time.perf_counter()
-                painter.compile(side, scale)
-                print(f"{name}: compiled in {time.perf_counter() - began:.0f} s", file=sys.stderr)
-                times |= measured({f"{name}, {steps} steps": by_us(steps, scale, few_step=few_step)}, options.repeats, parameter.device)
-    reference = statistics.median(times["diffusers"])
-    return {
-        name: {
-            "seconds": round(statistics.median(values), 3),
-            "times_faster": round(reference / statistics.median(values), 3),
-            "runs": len(values),
-        }
-        for name, values in times.items()
-    }
-
-
-def references(config: Config, options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of a whole try-on: detection, masks, painting, paste-back; with a reference seen for the first time, and again."""
-    from backend.tryon.painter import device_and_dtype
-    from backend.tryon.pipeline import REFERENCES, TryOn, TryOnRequest
-    from backend.tryon.remembered import Remembered
-
-    tryon, target, reference = TryOn.load(config), portrait(7), portrait(11)
-
-    def again() -> None:
-        tryon.run(TryOnRequest(target, reference, steps=options.steps))
-
-    def first() -> None:
-        tryon._references = Remembered(REFERENCES)
-        again()
-
-    times = measured({"new": first, "remembered": again}, options.repeats, device_and_dtype(config)[0])
-    return {name: {"seconds": round(statistics.median(values), 3), "runs": len(values)} for name, values in times.items()}
-
-
-def measured(arms: dict[str, Callable[[], None]], repeats: int, device: Any) -> dict[str, list[float]]:
-    """Seconds of each arm, in turn, after one run of each that is not counted."""
-    import torch
-
-    times: dict[str, list[float]] = {name: [] for name in arms}
-    for repeat in range(repeats + 1):
-        for name, run in arms.items():
-            start = time.perf_counter()
-            run()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds = time.perf_counter() - start
-            print(f"{name}: {seconds:.3f} s{'' if repeat else ' (not counted)'}", file=sys.stderr)
-            if repeat:
-                times[name].append(seconds)
-    return times
-
-
 def surroundings() -> dict[str, Any]:
     """What the figures hold for."""
     import torch
@@ -429,10 +240,13 @@ def main() -> int:
     if "overhead" in wanted:
         with server(options, "process") as client:
             report["overhead"] = overhead(client, options, photos)
-    if "paths" in wanted:
-        report["paths"] = paths(config, options)
-    if "references" in wanted:
-        report["references"] = references(config, options)
+    if {"paths", "references"} & set(wanted):
+        from benchmarks import serve_paths
+
+        if "paths" in wanted:
+            report["paths"] = serve_paths.paths(config, options)
+        if "references" in wanted:
+            report["references"] = serve_paths.references(config, options, portrait(7), portrait(11))
     report["surroundings"] = surroundings()
     sys.stdout.write(json.dumps(report, indent=None if options.json else 2) + "\n")
     return 0

@@ -13,6 +13,7 @@ from backend.training.models.stage2_unet import SDXL_UNET_CONFIG, HairInpainting
 GIB = 2**30
 ACTIVATION_GIB = 0.675  # per sample at 1024 px with gradient checkpointing, SDXL; simulated with the real network's tensors
 NO_CHECKPOINTING = 6.42 / 0.70  # how much more is kept without checkpointing
+TEXTURE_GIB = 0.72  # per sample and 256 px crop, from the peak of benchmarks/stage2_gpu.py's capped arm on an H200
 CONTEXT_GIB = 0.6  # CUDA context and library workspaces
 USABLE = 0.93  # of a card's nominal memory; the rest is the driver's and the desktop's
 HOST_COPIES = 4  # weights, gradients and AdamW's two states
@@ -57,7 +58,8 @@ def memory_plan(config: Config) -> dict[str, Any]:
     if preset.autocast:
         lines.append(("weights' bfloat16 copies of autocast", count * 2 / GIB))
     if train.texture_every:
-        lines.append((f"texture loss on a {8 * train.texture_crop} px crop", 0.6 * (8 * train.texture_crop / 256) ** 2))
+        crop = 8 * train.texture_crop
+        lines.append((f"texture loss on {train.batch_size} crops of {crop} px", TEXTURE_GIB * train.batch_size * (crop / 256) ** 2))
     lines.append(("CUDA context and workspaces", CONTEXT_GIB))
     return {
         "preset": train.preset,
