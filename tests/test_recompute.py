@@ -56,7 +56,9 @@ def test_only_presets_that_step_inside_the_backward_pass_recompute_reentrantly(m
     kinds: dict[str, bool] = {}
     for preset in presets.PRESETS:
         model = copy.deepcopy(start())
-        monkeypatch.setattr(type(model), "enable_gradient_checkpointing", lambda _, *, reentrant, name=preset: kinds.update({name: reentrant}))
+        monkeypatch.setattr(
+            type(model), "enable_gradient_checkpointing", lambda _, *, reentrant, name=preset: kinds.update({name: reentrant})
+        )
         Toy(settings(preset=preset, gradient_checkpointing=True), model)
     assert kinds == {name: preset.inside_backward for name, preset in presets.PRESETS.items()}
 

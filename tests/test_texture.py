@@ -327,3 +327,24 @@ def test_restored_optimizer_state_lies_in_memory_as_its_parameter() -> None:
         assert state["exp_avg"].stride() == parameter.stride() and torch.equal(
             state["exp_avg"], taken[f"{trainer.names[parameter]}|exp_avg"]
         )
+
+
+@pytest.mark.parametrize("capability", ["avx512_bf16", "amx_bf16", None])
+def test_a_cpu_computes_in_bf16_where_it_has_instructions_for_it(
+    monkeypatch: pytest.MonkeyPatch, world: Path, capability: str | None
+) -> None:
+    """Only when asked for; the losses then are float32's but for rounding, and the weights stay float32."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {} if capability is None else {capability: True})
+    table = read_patch_tables(world / "processed")["train"]
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        config = configured(world, precision=precision, batch_size=8).texture
+        trainer = texture_trainer.Trainer(config, new_encoder(LAYERS, dropout=0.2, seed=0), Processes(torch.device("cpu")))
+        assert trainer.bf16 == (precision == "bf16" and capability is not None)
+        batch = next(
+            feed(PatchImages(table, 32, workers=0), BalancedSampler(table, batch_size=8, seed=0), range(1), slice(0, 8), workers=0)
+        )
+        losses[precision] = trainer.step(batch, texture_trainer.labels_of(table, batch.patches))["loss"]
+        assert {parameter.dtype for parameter in trainer.names} == {torch.float32}
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.03)
+    assert (losses["bf16"] == losses["fp32"]) == (capability is None)
