@@ -17,7 +17,7 @@ import torch
 from backend import artifacts, cli
 from backend.errors import InvalidArtifactError, MissingInputError, UsageError
 from backend.imaging.decode import read_png
-from backend.training import checkpoints, prepare_dataset_deephair, train_stage2
+from backend.training import checkpoints, export_model, prepare_dataset_deephair, train_stage2
 from backend.training.data_processing.prompts import NEUTRAL_PROMPT
 from backend.training.models.bundle import load_bundle
 from backend.training.prepared import Prepared
@@ -354,3 +354,15 @@ def test_without_the_dataset_the_scripts_say_what_is_missing(script: str, tmp_pa
     assert done.returncode == 1
     assert done.stderr.count("error:") == 1 and "Traceback" not in done.stderr
     assert str(tmp_path) in done.stderr and "->" in done.stderr
+
+
+def test_a_checkpoint_is_not_measured_on_a_set_that_it_was_not_trained_on(finished_world: World, tmp_path: Path) -> None:
+    """With another split, heads that it has learnt could stand among those that are to be new to it."""
+    world = finished_world.copy(tmp_path / "world", "processed", "checkpoints")
+    metadata = world.root / "processed" / "metadata.jsonl"
+    rows = artifacts.read_jsonl(metadata)
+    first = next(row["group"] for row in rows if row["split"] == "train")
+    artifacts.write_jsonl(metadata, [{**row, "split": "test"} if row["group"] == first else row for row in rows])
+    with pytest.raises(InvalidArtifactError, match="trained on another prepared set"):
+        export_model.export(world.config())
+    assert not world.config().paths.bundle.exists() and not (world.root / "report" / "summary.json").exists()

@@ -35,6 +35,15 @@ def rebuilt(checkpoint: checkpoints.Checkpoint) -> Any:
     return filled(network, checkpoint.weights)
 
 
+def other_set(config: Config, checkpoint: checkpoints.Checkpoint) -> str:
+    """What is wrong where a checkpoint was trained on another prepared set than the one that measures it; empty where nothing is, or where
+    its header does not say."""
+    trained_on = checkpoint.header.get("data_digest")
+    if trained_on in (None, artifacts.sha256_file(config.paths.processed / "metadata.jsonl")):
+        return ""
+    return f"{checkpoint.weights_path.name} was trained on another prepared set: heads that it has seen may be among those that measure it"
+
+
 def contents(config: Config, checkpoint: checkpoints.Checkpoint, model: Any, encoder: Any) -> Contents:
     """What the bundle of a checkpoint will hold: a LoRA where one was trained over the base model, else the whole UNet.
 

@@ -138,6 +138,8 @@ def _painter_to_measure(config: Config) -> tuple[Any, str]:
     checkpoint = checkpoints.newest(config.paths.checkpoints, PREFIX)
     if checkpoint is not None:
         _check_inputs(config)
+        if wrong := candidate.other_set(config, checkpoint):
+            logger.warning("%s", wrong)
         return Painter(
             candidate.rebuilt(checkpoint), load_texture_encoder(texture_encoder_path(config)), config
         ), checkpoint.weights_path.name
@@ -242,6 +244,10 @@ def _export(config: Config, digest: str) -> dict[str, Any]:
     checkpoint = checkpoints.newest(config.paths.checkpoints, PREFIX)
     if checkpoint is None:
         raise InvalidArtifactError(f"no checkpoint in {config.paths.checkpoints} is whole", hint="train again; see the warnings above")
+    if wrong := candidate.other_set(config, checkpoint):
+        raise InvalidArtifactError(
+            wrong, hint="train on this set (in a new folder: paths.checkpoints=FOLDER), or put back the one that it was trained on"
+        )
     logger.info("evaluating %s", checkpoint.weights_path.name)
     try:
         model, encoder = candidate.rebuilt(checkpoint), load_texture_encoder(texture_encoder_path(config))

@@ -59,7 +59,7 @@ class Stage2Run:
                 hint="start one process, or take preset lora, partial or full-80gb",
             )
         base = conditioning.inpainting_folder(config.paths.weights)
-        prepared = Prepared(config.paths.processed)
+        prepared = self.prepared = Prepared(config.paths.processed)
         key = CacheKey.of(config, prepared, texture_encoder_path(config))
         prompts = {row["prompt"] for row in prepared.rows()} | {"", NEUTRAL_PROMPT}
         with self.processes.first_one_first():
@@ -256,7 +256,7 @@ class Stage2Run:
         header = {
             "format": FORMAT, "step": self.step, "run": self.digest, "config": config.resolved(), "unet_config": unet_config(self.model.unet),
             "style_tokens": config.train.style_tokens, "injection": config.train.injection,
-            "preset": config.train.preset, "weights": pretrained.describe(config.paths.weights),
+            "data_digest": self.prepared.digest, "preset": config.train.preset, "weights": pretrained.describe(config.paths.weights),
             "result": self.result(),
         }  # fmt: skip
         saved = checkpoints.save(
