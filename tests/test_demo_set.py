@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from backend import artifacts
 from backend.config import REPO_ROOT, load_config
-from backend.demo import khairstyle_set
+from backend.demo import khairstyle_set, world
 from backend.demo.camera import Camera
 from backend.demo.hair import grow
 from backend.demo.head import head_surface
@@ -367,3 +368,32 @@ def test_the_person_of_the_readme_s_first_picture_is_in_the_demo() -> None:
     assert assign_splits(records, seed=config.data.seed, fractions=config.data.split)[shot.source.name][1] == "test"
     for picture in re.findall(r"backend/app/static/gallery/\S+\.webp", said):
         assert (REPO_ROOT / picture).is_file()
+
+
+def test_demo_data_builds_again_what_a_newer_checkout_has_changed_and_leaves_alone_what_is_not_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights that were trained anew must reach a folder that an older checkout has filled; weights from elsewhere must not be touched."""
+    places = {"data.images": "photos", "data.labels": "labels", "paths.weights": "weights"}
+    config = load_config(REPO_ROOT / "configs/demo.yaml", [f"{key}={tmp_path / name}" for key, name in places.items()])
+    calls = []
+    monkeypatch.setattr(world, "write_khairstyle", lambda *_, **__: calls.append("set"))
+
+    def build(folder: Path) -> None:
+        calls.append("weights")
+        artifacts.write_bytes(folder / "face/yolov8n-face.onnx", b"")
+
+    monkeypatch.setattr(world, "build", build)
+    world.build_world(config)
+    world.build_world(config)
+    assert calls == ["set", "weights"]
+    monkeypatch.setattr(world, "weights_mark", lambda: {"weights": "newer"})
+    world.build_world(config)
+    assert calls == ["set", "weights", "weights"]
+    monkeypatch.setattr(world, "renderer_version", lambda: "newer")
+    world.build_world(config)
+    assert calls == ["set", "weights", "weights", "set"]
+    (tmp_path / "weights" / world.MARK).unlink()
+    monkeypatch.setattr(world, "weights_mark", lambda: {"weights": "newest"})
+    world.build_world(config)
+    assert calls == ["set", "weights", "weights", "set"]

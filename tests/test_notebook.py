@@ -18,8 +18,7 @@ from PIL import Image
 
 from backend import artifacts
 from backend.config import REPO_ROOT
-from backend.demo.khairstyle_set import DEMO
-from backend.demo.world import MARK
+from backend.demo.world import MARK, set_mark
 from tests.conftest import World
 
 NOTEBOOK = REPO_ROOT / "notebooks/demo.ipynb"
@@ -50,7 +49,7 @@ def test_its_cells_run_and_show_pictures(
     world = finished_world.copy(tmp_path / "notebook", "processed", "checkpoints", "models", "report")
     (world.root / "photos").unlink()
     shutil.copytree(finished_world.root / "photos", world.root / "photos")
-    artifacts.write_json(world.root / "photos" / MARK, {"set": "demo", **DEMO})  # demo-data then finds its work done
+    artifacts.write_json(world.root / "photos" / MARK, set_mark("demo"))  # demo-data then finds its work done
     monkeypatch.setenv("DEEPHAIR_OVERRIDES", shlex.join(world.arguments()[2:]))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(NOTEBOOK.parent)
