@@ -269,6 +269,10 @@ class Config(Section):
                 f"train.accumulate {self.train.accumulate} is not possible with train.preset {self.train.preset}, which steps inside the "
                 f"backward pass; raise train.batch_size, which is the true batch there, or take preset partial, lora or full-80gb"
             )
+        if self.train.compile and self.train.preset == "full-exact":
+            raise ValueError(
+                "train.compile is not possible with train.preset full-exact, whose layers borrow their weights; set one of the two"
+            )
         if self.train.warmup >= self.train.steps:
             raise ValueError(f"train.warmup {self.train.warmup} must be below train.steps {self.train.steps}")
         if self.texture.warmup >= self.texture.steps:

@@ -111,6 +111,11 @@ def test_accumulation_is_refused_where_the_step_is_inside_the_backward_pass(pres
         settings(preset=preset, accumulate=4)
 
 
+def test_borrowed_weights_are_not_compiled() -> None:
+    with pytest.raises(UsageError, match=r"train\.compile is not possible with train\.preset full-exact"):
+        settings(preset="full-exact", compile=True)
+
+
 def test_the_moving_average_by_hand_and_in_the_checkpoint() -> None:
     toy = Toy(settings(preset="lora", lr=1e-3, injector_lr=1e-2, batch_size=1))
     name, parameter = "injector.style_null", dict(toy.model.named_parameters())["injector.style_null"]

@@ -202,3 +202,9 @@ def test_presets_that_step_inside_the_backward_pass_refuse_several_processes(fin
     config = finished_world.config(train__preset="full-12gb")
     with pytest.raises(UsageError, match="cannot average over 2 processes"):
         Stage2Run(config, "", Processes(torch.device("cpu"), 0, 2))
+
+
+def test_several_processes_are_not_compiled(finished_world: World) -> None:
+    config = finished_world.config(train__preset="lora", train__compile="true")
+    with pytest.raises(UsageError, match=r"train\.compile is for one process, there are 2"):
+        Stage2Run(config, "", Processes(torch.device("cpu"), 0, 2))

@@ -25,10 +25,7 @@ LONG = train_loop.Schedule(steps=3000, batch_size=128, lr=2e-3, photos=6144, war
 MAX_YAW = 60.0
 MARGIN, SCALE = 0.3, 24.0
 WORN = 0.75  # share of faces that wear another's hair
-LANDMARKS = (
-    0.005,
-    0.045,
-)  # standard deviation of a face's landmark noise in face sizes, drawn between these; the detector's is about 0.042
+LANDMARKS = (0.005, 0.045)  # bounds of a photo's landmark noise, a standard deviation in face sizes; the detector's is about 0.042
 
 
 class _Classifier(nn.Module):

@@ -21,7 +21,8 @@ def key(seed: int, purpose: str, *position: int) -> int:
 
 
 def torch_generator(seed: int, purpose: str, *position: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator for one purpose at one position; drawing on the CPU makes the numbers the same on every device."""
+    """A generator for one purpose at one position. On the CPU its numbers are the same on every machine; ``device`` draws its own, which is
+    quicker where there are many."""
     import torch  # late: a Stage 0 worker takes its keys from here and would hold 500 MB of torch for them
 
     return torch.Generator(device).manual_seed(key(seed, purpose, *position))

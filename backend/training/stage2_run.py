@@ -58,6 +58,8 @@ class Stage2Run:
                 f"train.preset {config.train.preset} steps inside the backward pass and cannot average over {self.processes.count} processes",
                 hint="start one process, or take preset lora, partial or full-80gb",
             )
+        if self.processes.count > 1 and config.train.compile:
+            raise UsageError(f"train.compile is for one process, there are {self.processes.count}", hint="train.compile=false")
         base = conditioning.inpainting_folder(config.paths.weights)
         prepared = self.prepared = Prepared(config.paths.processed)
         key = CacheKey.of(config, prepared, texture_encoder_path(config))

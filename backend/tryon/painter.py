@@ -63,7 +63,6 @@ class Painter:
         self._placement = placement or Placement(device, torch.device("cpu") if config.sample.offload else None)
         home = self._placement.home
         inpainting = conditioning.inpainting_folder(config.paths.weights)
-        vae = vae if vae is not None else conditioning.load_vae(inpainting, device=home, dtype=dtype)
         model.unet.to(dtype)
         self._texts = conditioning.TextEncoders(inpainting, device=home, dtype=dtype)
         self._remembered: Remembered[str, tuple[torch.Tensor, torch.Tensor]] = Remembered(256)  # people type many prompts
@@ -71,7 +70,7 @@ class Painter:
         empty_text, empty_pooled = self._text("")
         self.sampler = Sampler(
             model=model.to(home),
-            vae=vae,
+            vae=vae if vae is not None else conditioning.load_vae(inpainting, device=home, dtype=dtype),
             scheduler_config=scheduler_config(inpainting),
             empty_text=empty_text,
             empty_pooled=empty_pooled,
