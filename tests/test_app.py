@@ -19,11 +19,12 @@ import pytest
 from PIL import Image
 
 from backend import weights as pretrained
+from backend.app import uploads
 from backend.app.api import create_app
 from backend.app.engine import is_out_of_memory, mask_to_bytes
 from backend.app.events import EventHub
 from backend.errors import DeepHairError
-from backend.imaging.decode import encode_png
+from backend.imaging.decode import decode_png, encode_png
 from backend.tryon.values import TryOnRequest
 from tests.app_standin import Live, StandIn, app_config, composite, decoded, picture, png, serving
 
@@ -157,6 +158,17 @@ def test_uploads_are_gone_once_the_job_has_ended_and_names_are_never_stored(live
     live.wait(job["id"])
     assert sorted(path.name for path in (tmp_path / "jobs" / job["id"]).iterdir()) == ["mask.png", "result.png"]
     assert not any(b"holiday" in path.read_bytes() for path in (tmp_path / "jobs").rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("plain_bytes", [2**30, 0])
+def test_a_kept_upload_is_its_pixels_plain_when_small_and_packed_when_large(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain_bytes: int
+) -> None:
+    monkeypatch.setattr(uploads, "PLAIN_BYTES", plain_bytes)
+    flat = np.full((70, 90, 3), 77, np.uint8)
+    kept = asyncio.run(uploads.Decoder(app_config(tmp_path).app).as_png(encode_png(flat)))
+    assert (kept.height, kept.width) == (70, 90) and np.array_equal(decode_png(kept.png), flat)
+    assert (len(kept.png) > flat.nbytes) == bool(plain_bytes)
 
 
 def test_progress_runs_to_the_end_with_a_time_left(gated: Live) -> None:

@@ -34,6 +34,7 @@ def test_png_round_trip_is_exact() -> None:
     assert np.array_equal(decode_upload(encode_png(image), max_pixels=10_000), image)
     for kept in (image, image[..., 0], np.dstack([image, image[..., 0]])):
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(encode_png(kept, quick=True)))), kept)
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(encode_png(kept, compression=0)))), kept)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

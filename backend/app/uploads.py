@@ -28,6 +28,7 @@ from backend.tryon.values import Mode, check_mask
 TARGET_FILE, REFERENCE_FILE, BRUSH_FILE = "target.png", "reference.png", "brush.png"  # what came
 RESULT_FILE, MASK_FILE = "result.png", "mask.png"  # what was made
 MAX_FIELD_BYTES = 16 * 1024
+PLAIN_BYTES = 16 * 2**20  # uploads up to this size, in pixels' bytes, are kept without compression
 MAX_PROMPT = 500  # characters; the text encoders read 77 tokens of it
 
 Pixels = NDArray[np.uint8]
@@ -198,7 +199,13 @@ def _decode(data: bytes, max_pixels: int) -> Pixels:
 
 def _as_png(data: bytes, max_pixels: int) -> Kept:
     image = _decode(data, max_pixels)
-    return Kept(encode_png(image, quick=True), *image.shape[:2])
+    return Kept(_for_the_worker(image), *image.shape[:2])
+
+
+def _for_the_worker(image: Pixels) -> bytes:
+    """A PNG that only the worker reads, minutes later at most: without compression, which would cost more than all else that the service does
+    to a photo. Large ones are compressed, so that the most a full queue can hold stays what it was."""
+    return encode_png(image, compression=0) if image.nbytes <= PLAIN_BYTES else encode_png(image, quick=True)
 
 
 def _mask_as_png(data: bytes, max_pixels: int, target: Kept) -> bytes:
@@ -207,7 +214,7 @@ def _mask_as_png(data: bytes, max_pixels: int, target: Kept) -> bytes:
         check_mask(mask, target.height, target.width)
     except DeepHairError as error:
         raise Problem.of(error) from error
-    return encode_png(mask, quick=True)
+    return _for_the_worker(mask)
 
 
 def form_schema(files: Mapping[str, str], required: tuple[str, ...], options: type[BaseModel]) -> dict[str, Any]:

@@ -1,10 +1,8 @@
-"""Trains the miniature parts that look at head crops: face parser, perceptual net, autoencoder."""
+"""Trains the miniature parts that look at head crops: face parser and perceptual net."""
 
 from __future__ import annotations
 
-import tempfile
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,28 +14,18 @@ from torch.nn import functional as F
 from backend.demo import architectures, miniature, train_loop, traits
 from backend.demo.networks import VGG_WIDTHS, vgg_features
 from backend.demo.portraits import HAIR
-from backend.demo.training_data import Photo, Photos, hair_mask, head_crop, jittered, relight
-from backend.imaging import bald, crop
+from backend.demo.training_data import Photo, Photos, head_crop, jittered, relight
+from backend.imaging import crop
 from backend.training import keyed
-from backend.training.models import losses
-from backend.training.models.perceptual import load_perceptual
-from backend.tryon import conditioning
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
+    pass
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PARSER = train_loop.Schedule(steps=4800, batch_size=12, lr=1.5e-3, photos=1536, warmup=50, average=0.99, save_every=100)
 PARSER_LONG = train_loop.Schedule(steps=4000, batch_size=32, lr=1.5e-3, photos=6144, warmup=200, average=0.998, save_every=500)
 PERCEPTUAL = train_loop.Schedule(steps=600, batch_size=32, lr=2e-3, photos=640, warmup=50, average=0.98, save_every=100)
 PERCEPTUAL_LONG = train_loop.Schedule(steps=2000, batch_size=96, lr=2e-3, photos=6144, warmup=100, average=0.995, save_every=500)
-VAE = train_loop.Schedule(steps=2000, batch_size=12, lr=2e-3, photos=1536, warmup=100, weight_decay=1e-3, average=0.99, save_every=100)
-VAE_LONG = train_loop.Schedule(
-    steps=5000, batch_size=64, lr=1.5e-3, photos=6144, warmup=200, weight_decay=1e-3, average=0.998, save_every=500
-)
-KL_WEIGHT = 1e-6
-LPIPS_WEIGHT, GRAM_WEIGHT = 1.0, 0.15
-SDXL_SCALING = 0.13025
 _ATTRIBUTES = {"curl": 4, "volume": 3, "length": 5, "colour": 9, "bangs": 5}
 
 
@@ -169,111 +157,3 @@ def _attribute_sample(photo: Photo, rng: np.random.Generator) -> tuple[NDArray[n
     image, _ = head_crop(photo, square, 96)
     image = relight(image, rng)
     return (image if rng.random() < 0.5 else np.ascontiguousarray(image[:, ::-1])), labels
-
-
-# ---- autoencoder -----------------------------------------------------------------
-
-
-def train_vae(place: train_loop.Workplace) -> dict[str, Any]:
-    """AutoencoderKL on head crops, by pixels, LPIPS and the hair's Gram matrices. No adversary.
-
-    Squared errors alone blur strands away, and with them the curl that a result should show; correlations of features inside the hair
-    do not ask where a strand lies. The features are the perceptual net's, so it is trained before.
-    """
-    schedule = place.pick(VAE, VAE_LONG)
-    photos = Photos(place.cache, "train", schedule.photos, workers=place.workers)
-    with tempfile.TemporaryDirectory() as temporary:
-        miniature.copy_part(miniature.by_name("perceptual"), place.weights, Path(temporary))
-        network = load_perceptual(Path(temporary))[0].to(place.device)
-    widths = architectures.VAE_WIDTHS if place.length == "short" else architectures.VAE_WIDTHS_LONG
-    model = architectures.vae(widths).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-    def loss_of(_: int, batch: train_loop.Batch) -> Tensor:
-        images = batch["images"].contiguous(memory_format=torch.channels_last)
-        hair = batch["hair"]
-        posterior = model.encode(images).latent_dist
-        decoded = model.decode(posterior.mean + posterior.std * torch.randn_like(posterior.std)).sample
-        wanted = [features.detach() for features in network.features(images)]
-        found = network.features(decoded)
-        return (
-            _reconstruction_loss(decoded, images, hair)
-            + LPIPS_WEIGHT * network.distance(found, wanted).mean()
-            + GRAM_WEIGHT * _gram_error(found, wanted, hair)
-            + KL_WEIGHT * posterior.kl().mean()
-        )
-
-    loss = train_loop.fit(
-        "vae", model, partial(_autoencoder_batch, photos, schedule.batch_size, place.seed, "vae"), loss_of, schedule, place
-    )
-    model.to(place.device)
-    with torch.no_grad():
-        batches = train_loop.drawn_ahead(partial(_autoencoder_batch, photos, 32, place.seed, "vae-scale"), range(16), place)
-        latents = torch.cat([model.encode(batch["images"]).latent_dist.mean for batch in batches]).cpu()
-    model.to("cpu")
-    standardise(model, latents.mean((0, 2, 3)), latents.std((0, 2, 3)))
-    miniature.write_diffusion(place.weights, "vae", model)
-    return {"steps": schedule.steps, "loss": round(loss, 4)}
-
-
-@torch.no_grad()
-def standardise(model: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
-    """Moves and scales the latent channels without changing what is decoded: mean 0 and standard deviation 1 / SDXL's factor.
-
-    mean, std (4,): of the latents as they are. The change goes into the 1x1 convolutions on both sides of the latents, so that
-    ``scaling_factor`` 0.13025 brings every channel to unit variance: the noise schedule takes that for granted.
-    """
-    factor = 1 / (SDXL_SCALING * std)
-    before, after = model.quant_conv, model.post_quant_conv
-    count = len(std)
-    after.bias += after.weight[:, :, 0, 0] @ mean
-    after.weight /= factor.view(1, -1, 1, 1)
-    before.weight[:count] *= factor.view(-1, 1, 1, 1)
-    before.bias[:count] = (before.bias[:count] - mean) * factor
-    before.bias[count:] += 2 * factor.log()  # the log variance of the posterior
-    model.register_to_config(scaling_factor=SDXL_SCALING)
-
-
-def _autoencoder_batch(photos: Photos, count: int, seed: int, purpose: str, step: int) -> train_loop.Batch:
-    """images: head crops (count, 3, 128, 128) in -1..1, as they are, with a blurred face, or with the hair removed; hair: its mask
-    (count, 1, 128, 128), 0 or 1."""
-    rng = keyed.numpy_generator(seed, purpose, step)
-    samples = [_autoencoder_sample(photos[int(rng.integers(len(photos)))], rng) for _ in range(count)]
-    return {
-        "images": conditioning.to_tensor([image for image, _ in samples]),
-        "hair": conditioning.mask_tensor([mask for _, mask in samples]),
-    }
-
-
-def _autoencoder_sample(photo: Photo, rng: np.random.Generator) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """The picture and the mask of its hair, (128, 128) uint8 0/255."""
-    square = jittered(photo.square(), rng, (0.8, 1.2), 0.08)
-    if rng.random() < 0.5:
-        photo = photo.with_blurred_face()
-    image, parsing = head_crop(photo, square, architectures.IMAGE_SIDE)
-    mask = hair_mask(parsing)
-    if rng.random() < 0.15:
-        image = bald.remove_hair(image, mask, photo.box_in(square, architectures.IMAGE_SIDE))
-        mask = np.zeros_like(mask)
-    gain = rng.uniform(0.85, 1.15) * rng.uniform(0.96, 1.04, 3)
-    image = np.clip((image.astype(np.float32) - 127) * gain + 127 + rng.uniform(-12, 12), 0, 255).astype(np.uint8)
-    return (image, mask) if rng.random() < 0.5 else (np.ascontiguousarray(image[:, ::-1]), np.ascontiguousarray(mask[:, ::-1]))
-
-
-def _reconstruction_loss(decoded: Tensor, images: Tensor, hair: Tensor) -> Tensor:
-    """Absolute and squared error of pixels and absolute error of differences between neighbours; hair counts three times."""
-    weight = 1.0 + 2.0 * hair
-    error = (decoded - images) * weight / weight.mean()
-    across, down = error.diff(dim=3).abs().mean(), error.diff(dim=2).abs().mean()
-    return error.abs().mean() + 2.0 * error.square().mean() + 0.25 * (across + down)
-
-
-def _gram_error(found: list[Tensor], wanted: list[Tensor], hair: Tensor) -> Tensor:
-    """Relative squared error of the hair's Gram matrices, mean over feature layers and pictures."""
-    errors = []
-    for ours, theirs in zip(found, wanted, strict=True):
-        weight = F.interpolate(hair, ours.shape[-2:], mode="area")
-        target = losses.gram_matrix(theirs, weight)
-        errors.append(
-            ((losses.gram_matrix(ours, weight) - target).square().sum((1, 2)) / target.square().sum((1, 2)).clamp_min(1e-6)).mean()
-        )
-    return torch.stack(errors).mean()

@@ -124,7 +124,7 @@ TRAINERS: dict[str, Trainer] = {
     "parser": Trainer("backend.demo.train_pictures:train_parser", "parser"),
     "identity": Trainer("backend.demo.train_identity:train", "identity"),
     "perceptual": Trainer("backend.demo.train_pictures:train_perceptual", "perceptual"),
-    "vae": Trainer("backend.demo.train_pictures:train_vae", "vae"),
+    "vae": Trainer("backend.demo.train_autoencoder:train_vae", "vae"),
     "text": Trainer("backend.demo.train_diffusion:train_text", "text"),
     "unet": Trainer("backend.demo.train_diffusion:train_unet", "unet"),
     "controlnet": Trainer("backend.demo.train_diffusion:train_controlnet", "controlnet"),
