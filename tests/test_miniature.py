@@ -262,36 +262,6 @@ def test_standardised_latents_decode_to_the_same_picture() -> None:
     assert torch.allclose(after.std / before.std, (1 / (vae.config.scaling_factor * std)).view(1, -1, 1, 1).expand_as(after.std), rtol=1e-3)
 
 
-def test_a_cell_has_a_curl_where_hair_fills_it() -> None:
-    hair = torch.zeros(2, 1, 32, 32)
-    hair[:, :, :8, :16] = 1  # two cells of 8 px, whole
-    hair[:, :, 8:16, :4] = 1  # half a cell
-    classes = train_autoencoder.cell_classes(hair, torch.tensor([2, -1]), 4)
-    expected = torch.full((4, 4), -1)
-    expected[0, :2] = 2
-    assert torch.equal(classes[0], expected)
-    assert bool((classes[1] == -1).all())
-
-
-def test_the_readers_of_curl_teach_latents_and_pictures_and_not_each_other() -> None:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        readers = train_autoencoder.CurlReaders()
-        latents, pictures = torch.randn(2, 4, 4, 4, requires_grad=True), torch.rand(2, 3, 32, 32, requires_grad=True)
-        truth = torch.full((2, 4, 4), -1)
-        truth[:, :2] = torch.tensor([0, 3])[:, None, None]
-        readers.latent_error(latents, truth).backward()
-        assert latents.grad is not None and float(latents.grad[:, :, 2:].abs().max()) < float(latents.grad[:, :, :2].abs().max())
-        readers.zero_grad()
-        readers.drawing_error(pictures, truth).backward()
-        assert pictures.grad is not None and bool(pictures.grad.any())
-        assert all(parameter.grad is None for parameter in readers.of_pictures.parameters())
-        readers.learning_error(pictures.detach(), truth).backward()
-        assert all(parameter.grad is not None for parameter in readers.of_pictures.parameters())
-        nothing = torch.full((2, 4, 4), -1)
-        assert float(readers.drawing_error(pictures, nothing)) == 0.0
-
-
 # ---- what the cards say ------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""Trains the miniature autoencoder, and lets two readers of curl see to it that its latents keep what a result has to show."""
+"""Trains the miniature autoencoder on head crops."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from backend.demo import architectures, miniature, train_loop
@@ -24,80 +24,17 @@ from backend.tryon import conditioning
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
-VAE = train_loop.Schedule(steps=2900, batch_size=12, lr=2e-3, photos=1536, warmup=100, weight_decay=1e-3, average=0.99, save_every=100)
+VAE = train_loop.Schedule(steps=2000, batch_size=12, lr=2e-3, photos=1536, warmup=100, weight_decay=1e-3, average=0.99, save_every=100)
 VAE_LONG = train_loop.Schedule(
     steps=5000, batch_size=64, lr=1.5e-3, photos=6144, warmup=200, weight_decay=1e-3, average=0.998, save_every=500
 )
 KL_WEIGHT = 1e-6
 LPIPS_WEIGHT, GRAM_WEIGHT = 1.0, 0.15
-LATENT_CURL_WEIGHT, PICTURE_CURL_WEIGHT = 0.1, 0.1
-LATENT_NOISE = 0.5  # standard deviations of the latents; what is read through it stands out of a cell's detail
 SDXL_SCALING = 0.13025
-CURLS = 4
-UNREADABLE = -1
-_READER_WIDTHS = (24, 48, 64)
-
-
-class CurlReaders(nn.Module):
-    """Two readers of the curl class, cell by cell: one linear, of the latents; one of pictures, some forty pixels wide.
-
-    At 128 px a curl is smaller than a latent cell, and an autoencoder that is asked for pixels alone gives up its kind with its detail
-    (docs/method.md); SDXL's sees it over several cells. The first reader makes the latents of hair say its class in one direction,
-    as they say its colour; the second, which learns from photos only, asks the decoder to draw hair of that class.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.of_latents = nn.Conv2d(4, CURLS, 1)
-        layers: list[nn.Module] = []
-        channels = 3
-        for width in _READER_WIDTHS:
-            for stride in (2, 1):
-                layers += [nn.Conv2d(channels, width, 3, stride, 1), nn.GroupNorm(8, width), nn.SiLU()]
-                channels = width
-        self.of_pictures = nn.Sequential(*layers, nn.Conv2d(channels, CURLS, 1))
-
-    def latent_error(self, latents: Tensor, truth: Tensor) -> Tensor:
-        """Cross entropy of the latents (B, 4, h, w), through noise, against ``cell_classes``."""
-        spread = latents.detach().std(dim=(0, 2, 3), keepdim=True)
-        seen = (latents - latents.detach().mean(dim=(0, 2, 3), keepdim=True)) / spread
-        return self._error(self.of_latents(seen + LATENT_NOISE * torch.randn_like(seen)), truth)
-
-    def learning_error(self, photos: Tensor, truth: Tensor) -> Tensor:
-        """Cross entropy of photos (B, 3, S, S) in -1..1: what the reader of pictures learns from."""
-        return self._error(self.of_pictures(photos), truth)
-
-    def drawing_error(self, decoded: Tensor, truth: Tensor) -> Tensor:
-        """Cross entropy of decoded pictures; its gradient reaches the pictures, not the reader."""
-        fixed = {name: value.detach() for name, value in self.of_pictures.named_parameters()}
-        return self._error(torch.func.functional_call(self.of_pictures, fixed, (decoded,)), truth)
-
-    @staticmethod
-    def _error(logits: Tensor, truth: Tensor) -> Tensor:
-        read = truth != UNREADABLE
-        return F.cross_entropy(logits, truth, ignore_index=UNREADABLE) if bool(read.any()) else 0.0 * logits.sum()
-
-
-def cell_classes(hair: Tensor, curl: Tensor, side: int) -> Tensor:
-    """The class of each cell, (B, side, side) int64: the picture's where hair fills most of the cell, -1 elsewhere.
-
-    hair: (B, 1, S, S), 0 or 1; curl: (B,) int64, -1 where it is not known.
-    """
-    filled = F.adaptive_avg_pool2d(hair, side)[:, 0] > 0.75
-    return torch.where(filled, curl[:, None, None], UNREADABLE)
-
-
-class _Trained(nn.Module):
-    """The autoencoder, and the readers, which are left behind afterwards."""
-
-    def __init__(self, autoencoder: AutoencoderKL) -> None:
-        super().__init__()
-        self.autoencoder = autoencoder
-        self.readers = CurlReaders()
 
 
 def train_vae(place: train_loop.Workplace) -> dict[str, Any]:
-    """AutoencoderKL on head crops, by pixels, LPIPS, the hair's Gram matrices and the two readers of curl. No adversary.
+    """AutoencoderKL on head crops, by pixels, LPIPS and the hair's Gram matrices. No adversary.
 
     Squared errors alone blur strands away, and with them the curl that a result should show; correlations of features inside the hair
     do not ask where a strand lies. The features are the perceptual net's, so it is trained before.
@@ -108,29 +45,24 @@ def train_vae(place: train_loop.Workplace) -> dict[str, Any]:
         miniature.copy_part(miniature.by_name("perceptual"), place.weights, Path(temporary))
         network = load_perceptual(Path(temporary))[0].to(place.device)
     widths = architectures.VAE_WIDTHS if place.length == "short" else architectures.VAE_WIDTHS_LONG
-    trained = _Trained(architectures.vae(widths)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    model, readers = trained.autoencoder, trained.readers
+    model = architectures.vae(widths).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def loss_of(_: int, batch: train_loop.Batch) -> Tensor:
         images = batch["images"].contiguous(memory_format=torch.channels_last)
         hair = batch["hair"]
         posterior = model.encode(images).latent_dist
-        latents = posterior.mean + posterior.std * torch.randn_like(posterior.std)
-        decoded = model.decode(latents).sample
+        decoded = model.decode(posterior.mean + posterior.std * torch.randn_like(posterior.std)).sample
         wanted = [features.detach() for features in network.features(images)]
         found = network.features(decoded)
-        truth = cell_classes(hair, batch["curl"], latents.shape[-1])
         return (
             _reconstruction_loss(decoded, images, hair)
             + LPIPS_WEIGHT * network.distance(found, wanted).mean()
             + GRAM_WEIGHT * _gram_error(found, wanted, hair)
             + KL_WEIGHT * posterior.kl().mean()
-            + LATENT_CURL_WEIGHT * readers.latent_error(latents, truth)
-            + PICTURE_CURL_WEIGHT * (readers.learning_error(images, truth) + readers.drawing_error(decoded, truth))
         )
 
     loss = train_loop.fit(
-        "vae", trained, partial(_autoencoder_batch, photos, schedule.batch_size, place.seed, "vae"), loss_of, schedule, place
+        "vae", model, partial(_autoencoder_batch, photos, schedule.batch_size, place.seed, "vae"), loss_of, schedule, place
     )
     model.to(place.device)
     with torch.no_grad():
@@ -162,18 +94,17 @@ def standardise(model: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
 
 def _autoencoder_batch(photos: Photos, count: int, seed: int, purpose: str, step: int) -> train_loop.Batch:
     """images: head crops (count, 3, 128, 128) in -1..1, as they are, with a blurred face, or with the hair removed; hair: its mask
-    (count, 1, 128, 128), 0 or 1; curl: its class (count,) int64."""
+    (count, 1, 128, 128), 0 or 1."""
     rng = keyed.numpy_generator(seed, purpose, step)
     samples = [_autoencoder_sample(photos[int(rng.integers(len(photos)))], rng) for _ in range(count)]
     return {
-        "images": conditioning.to_tensor([image for image, _, _ in samples]),
-        "hair": conditioning.mask_tensor([mask for _, mask, _ in samples]),
-        "curl": torch.tensor([curl for _, _, curl in samples]),
+        "images": conditioning.to_tensor([image for image, _ in samples]),
+        "hair": conditioning.mask_tensor([mask for _, mask in samples]),
     }
 
 
-def _autoencoder_sample(photo: Photo, rng: np.random.Generator) -> tuple[NDArray[np.uint8], NDArray[np.uint8], int]:
-    """The picture, the mask of its hair, (128, 128) uint8 0/255, and its curl class."""
+def _autoencoder_sample(photo: Photo, rng: np.random.Generator) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """The picture and the mask of its hair, (128, 128) uint8 0/255."""
     square = jittered(photo.square(), rng, (0.8, 1.2), 0.08)
     if rng.random() < 0.5:
         photo = photo.with_blurred_face()
@@ -184,9 +115,7 @@ def _autoencoder_sample(photo: Photo, rng: np.random.Generator) -> tuple[NDArray
         mask = np.zeros_like(mask)
     gain = rng.uniform(0.85, 1.15) * rng.uniform(0.96, 1.04, 3)
     image = np.clip((image.astype(np.float32) - 127) * gain + 127 + rng.uniform(-12, 12), 0, 255).astype(np.uint8)
-    if rng.random() < 0.5:
-        image, mask = np.ascontiguousarray(image[:, ::-1]), np.ascontiguousarray(mask[:, ::-1])
-    return image, mask, photo.view.hairstyle.curl
+    return (image, mask) if rng.random() < 0.5 else (np.ascontiguousarray(image[:, ::-1]), np.ascontiguousarray(mask[:, ::-1]))
 
 
 def _reconstruction_loss(decoded: Tensor, images: Tensor, hair: Tensor) -> Tensor:
