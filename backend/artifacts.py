@@ -6,6 +6,7 @@ Nothing here unpickles: the formats are bytes, JSON and safetensors.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -19,6 +20,7 @@ from backend.errors import DeepHairError, InvalidArtifactError
 
 TMP_SUFFIX = ".tmp"
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # torch.save's zip, then bare pickles by protocol
+_NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV})
 
 
 @contextlib.contextmanager
@@ -43,6 +45,24 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def second_name(source: Path, path: Path) -> None:
+    """Gives a file a second name, ``path``, which must be free: a hard link, or on file systems without such (exFAT, some network
+    shares) a copy that has reached the disk. Raises OSError, and then leaves nothing at ``path``."""
+    try:
+        os.link(source, path)
+        return
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+    try:
+        shutil.copyfile(source, path)
+        with path.open("rb") as handle:
+            os.fsync(handle.fileno())
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def write_bytes(path: Path, content: bytes) -> None:

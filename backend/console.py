@@ -156,40 +156,53 @@ def stop_requests() -> Iterator[StopRequest]:
 
 
 class Progress:
-    """Counts steps; shows a bar on a terminal, and a plain line every few seconds elsewhere."""
+    """Counts steps; shows a bar on a terminal, and a plain line every few seconds elsewhere.
+
+    The first step of a run pays for much that comes once (kernels, caches, processes), so the rate counts from its end.
+    """
 
     def __init__(self, title: str, total: int, *, unit: str = "it", every_s: float = 5.0) -> None:
         self.title, self.total, self.unit, self.every_s = title, total, unit, every_s
         self.done = 0
         self._start = self._last = time.monotonic()
-        self._first = 0
+        self._since: tuple[float, int] | None = None  # when the first update came, and how far it had come
         self._tty = sys.stderr.isatty()
 
     def start_at(self, done: int) -> None:
         """Says that ``done`` steps were finished before this run, so that the rate counts only new ones."""
-        self.done = self._first = done
+        self.done = done
 
     def update(self, steps: int = 1, note: str = "") -> None:
         """Adds ``steps`` and shows the state when it is time."""
         self.done += steps
         now = time.monotonic()
+        rate = self._rate(now)
+        if self._since is None:
+            self._since = now, self.done
         interval = 0.1 if self._tty else self.every_s
         if now - self._last >= interval or self.done == self.total:
             self._last = now
-            self._show(now, note)
+            self._show(now, rate, note)
 
     def rate(self) -> float:
-        """Steps per second of this run."""
-        return (self.done - self._first) / max(time.monotonic() - self._start, 1e-9)
+        """Steps per second of this run after its first update; 0 where there was no other yet."""
+        return self._rate(time.monotonic())
 
-    def _show(self, now: float, note: str) -> None:
-        rate = (self.done - self._first) / max(now - self._start, 1e-9)
-        left = (
-            f"{duration((self.total - self.done) / rate)} left"
-            if rate > 0 and self.done < self.total
-            else f"took {duration(now - self._start)}"
-        )
-        text = f"{self.title}: {self.done}/{self.total} {self.unit}, {rate:.3g} {self.unit}/s, {left}{', ' + note if note else ''}"
+    def _rate(self, now: float) -> float:
+        if self._since is None:
+            return 0.0
+        since, done = self._since
+        return (self.done - done) / max(now - since, 1e-9)
+
+    def _show(self, now: float, rate: float, note: str) -> None:
+        if self.done >= self.total:
+            pace = f"took {duration(now - self._start)}"
+        elif rate > 0:
+            pace = f"{duration((self.total - self.done) / rate)} left"
+        else:
+            pace = f"the first took {duration(now - self._start)}"
+        speed = f"{rate:.3g} {self.unit}/s, " if rate > 0 else ""
+        text = f"{self.title}: {self.done}/{self.total} {self.unit}, {speed}{pace}{', ' + note if note else ''}"
         if self._tty:
             filled = int(24 * self.done / max(self.total, 1))
             sys.stderr.write(f"\r\033[K[{'█' * filled}{'·' * (24 - filled)}] {text}" + ("\n" if self.done == self.total else ""))

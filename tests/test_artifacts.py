@@ -1,5 +1,7 @@
 """Files are whole or not there, also when the writer dies (fifty kills during saves: tests/test_resume.py)."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -94,12 +96,42 @@ def test_weights_without_state_are_no_checkpoint(tmp_path: Path) -> None:
     assert checkpoints.newest(tmp_path, "run") is None
 
 
-def test_a_linked_checkpoint_follows_the_newest(tmp_path: Path) -> None:
+def _without_links(*_: object) -> None:
+    raise OSError(errno.EPERM, "Operation not permitted")
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["hard links", "a file system without"])
+def test_a_linked_checkpoint_follows_the_newest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
+    if not links:
+        monkeypatch.setattr(os, "link", _without_links)
     for step in (1, 2):
         checkpoints.link(_save(tmp_path, step, float(step)), "latest")
     checkpoints.prune(tmp_path, "run", 1)
     assert checkpoints.load(tmp_path / "latest.safetensors").position["step"] == 2
+    newest = (tmp_path / "run_step_2.safetensors").stat().st_ino
+    assert ((tmp_path / "latest.safetensors").stat().st_ino == newest) is links
     assert not list(tmp_path.glob(f".*{artifacts.TMP_SUFFIX}"))
+
+
+def test_a_second_name_is_a_copy_only_where_there_are_no_links_and_never_half_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "model.bin"
+    source.write_bytes(bytes(1000))
+    with pytest.raises(FileExistsError):
+        artifacts.second_name(source, source)
+    monkeypatch.setattr(os, "link", _without_links)
+    artifacts.second_name(source, tmp_path / "copy.bin")
+    assert (tmp_path / "copy.bin").read_bytes() == source.read_bytes()
+
+    def full(_: Path, target: Path) -> None:
+        target.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(artifacts.shutil, "copyfile", full)
+    with pytest.raises(OSError, match="No space"):
+        artifacts.second_name(source, tmp_path / "half.bin")
+    assert not (tmp_path / "half.bin").exists()
 
 
 def test_nothing_in_the_project_unpickles() -> None:

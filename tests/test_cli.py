@@ -88,13 +88,17 @@ def test_progress_says_the_rate_and_the_time_left_of_this_run_alone(
     with caplog.at_level(logging.INFO):
         progress = console.Progress("photos", 7_300, unit="photo", every_s=5)
         progress.start_at(40)  # done by an earlier run
+        now[0] += 30  # what comes once
+        progress.update(1)
         now[0] += 2
-        progress.update(4)  # too early for a line
-        now[0] += 8
-        progress.update(16)
+        progress.update(3)  # too early for a line
+        now[0] += 6
+        progress.update(13)
+        assert progress.rate() == 2.0
         now[0] += 1
-        progress.update(7_240)
+        progress.update(7_243)
     assert [record.getMessage() for record in caplog.records] == [
-        "photos: 60/7300 photo, 2 photo/s, 1 h 0 min left",
-        "photos: 7300/7300 photo, 660 photo/s, took 11 s",
+        "photos: 41/7300 photo, the first took 30 s",
+        "photos: 57/7300 photo, 2 photo/s, 1 h 0 min left",
+        "photos: 7300/7300 photo, 807 photo/s, took 39 s",
     ]

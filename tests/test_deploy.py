@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -142,7 +143,13 @@ def test_a_disk_that_fills_up_at_the_model_card_leaves_everything_as_it_was(smal
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_rollback_swaps_the_two_and_back(finished_world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def _no_links(*_: object) -> None:
+    raise OSError(errno.EPERM, "Operation not permitted")
+
+
+def test_rollback_swaps_the_two_and_back(
+    finished_world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     world = finished_world.copy(tmp_path / "rollback", "models", "report")
     target = world.root / f"models/{NAME}.safetensors"
     first = artifacts.sha256_file(target)
@@ -161,10 +168,15 @@ def test_rollback_swaps_the_two_and_back(finished_world: World, tmp_path: Path, 
         assert load_bundle(target).sha256 == wanted and step in target.with_suffix(".md").read_text()
         assert artifacts.read_json(world.root / "report/summary.json")["deployed"]["sha256"] == wanted
     previous = deploy.previous_path(target)
+    target.unlink()
+    with monkeypatch.context() as without_links:
+        without_links.setattr(os, "link", _no_links)
+        assert deploy.rollback(world.config())["deployed"]["sha256"] == first
+        assert artifacts.sha256_file(target) == first == artifacts.sha256_file(previous)
     previous.write_bytes(previous.read_bytes()[:-9])
     with pytest.raises(InvalidArtifactError):
         deploy.rollback(world.config())
-    assert artifacts.sha256_file(target) == second
+    assert artifacts.sha256_file(target) == first
 
 
 def test_the_model_card_says_what_the_header_says(finished_world: World) -> None:

@@ -8,7 +8,6 @@ weights' sha256, so a checkpoint is either whole or ignored: a kill at any momen
 from __future__ import annotations
 
 import logging
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -130,17 +129,18 @@ def remove(weights_path: Path) -> None:
 
 
 def link(path: Path, name: str) -> Path:
-    """Gives a committed checkpoint a second name without copying it; what that name held before is replaced. Returns the new path."""
+    """Gives a committed checkpoint a second name, without copying it where the file system has hard links. What that name held before is
+    replaced. Returns the new path."""
     target = path.with_name(f"{name}.safetensors")
     state, temporary = target.with_suffix(".state"), path.with_name(f".{name}.state{artifacts.TMP_SUFFIX}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     for file in (_OPTIMIZER, _STATE):
-        os.link(path.with_suffix(".state") / file, temporary / file)
+        artifacts.second_name(path.with_suffix(".state") / file, temporary / file)
     if state.exists():
         _discard(state)
     with artifacts.replacing(target) as fresh:
-        os.link(path, fresh)
+        artifacts.second_name(path, fresh)
     temporary.rename(state)
     artifacts.sync_folder(path.parent)
     return target

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ def deploy(candidate: Path, target: Path) -> None:
     with _card_of(candidate, target):
         if target.is_file():
             with artifacts.replacing(previous_path(target)) as spare:
-                os.link(target, spare)
+                artifacts.second_name(target, spare)
         candidate.replace(target)
         artifacts.sync_folder(target.parent)
 
@@ -59,11 +58,12 @@ def rollback(config: Config) -> dict[str, Any]:
         digest = load_bundle(previous, config.paths.weights).sha256
         with _card_of(previous, target), artifacts.replacing(previous) as withdrawn:
             if target.is_file():
-                os.link(target, withdrawn)
+                artifacts.second_name(target, withdrawn)
                 previous.replace(target)
             else:
-                os.link(previous, withdrawn)
-                os.link(previous, target)
+                artifacts.second_name(previous, withdrawn)
+                with artifacts.replacing(target) as restored:
+                    artifacts.second_name(previous, restored)
     deployed = {"path": results.shown_path(target), "sha256": digest, "rolled_back": True}
     summary = config.paths.report / "summary.json"
     if summary.is_file():  # so that a later run does not take the withdrawn model for the deployed one
