@@ -119,6 +119,7 @@ class Stage2Run:
         workers = train.prefetch if self.device.type == "cuda" else 0
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)  # building the caches took memory of its own
+            logger.info("the first step builds its kernels, which can take a minute%s", "; compiling, another" if train.compile else "")
         drawing = ahead(self._drawn, stream, workers=workers)
         with contextlib.closing(self.log), contextlib.closing(drawing) as drawn, console.stop_requests() as stop:
             while True:
