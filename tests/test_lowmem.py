@@ -15,7 +15,7 @@ from torch import nn
 
 from backend.config import REPO_ROOT
 from backend.training import philox
-from backend.training.lowmem import FusedFactoredAdam, dequantized, quantized, stochastically_rounded
+from backend.training.lowmem import BLOCK, FusedFactoredAdam, dequantized, quantized, stochastically_rounded
 
 
 def optimizer_over(
@@ -160,6 +160,35 @@ def test_the_kernels_agree_with_their_eager_definition() -> None:
     done = _python("lowmem_check.py", TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count('"agrees": true') == 3
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("capability", [86, 89, 90, 120], ids=["RTX 3060", "RTX 4090", "H100", "RTX 5090"])
+@pytest.mark.parametrize("bf16", [True, False], ids=["bf16", "fp32"])
+def test_the_kernels_compile_for_cards_that_are_not_here(capability: int, bf16: bool) -> None:
+    """Down to the card's own code, by the assembler that comes with triton; that they compute the right thing is tested above."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from backend.training import lowmem_kernels as kernels
+
+    table, numbers, floats = "*i64", "*i32", "*fp32"
+    tile = {"TILE_ROWS": kernels.TILE_ROWS, "TILE_COLUMNS": kernels.TILE_COLUMNS}
+    kind = {"BF16": bf16, "ALIGNED": bf16}
+    block = {"BLOCK": BLOCK, "BLOCKS": kernels.CHUNK_BLOCKS, "ROUNDS": kernels.CHUNK_ROUNDS, "PHILOX": kernels.PHILOX_ROUNDS}
+    programs = [
+        (kernels._statistics, [table, numbers, table, floats], tile | kind, 4),
+        (kernels._second_moments, [table, numbers, *[floats] * 4, "fp32", "fp32"], tile | {"SEGMENT": kernels.SEGMENT}, 4),
+        (kernels._excess, [table, numbers, table, *[floats] * 3], tile | kind, 4),
+        (kernels._apply, [table, numbers, floats, table, *[floats] * 3, "i32", "fp32", "fp32", "fp32"],
+         block | kind | {"CLIP": True, "KEPT": True}, 8),
+    ]  # fmt: skip
+    for program, types, constants, warps in programs:
+        given = dict(zip(program.arg_names, types, strict=False))
+        source = ASTSource(fn=program, signature=given | dict.fromkeys(constants, "constexpr"), constexprs=constants)
+        built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+        assert len(built.asm["cubin"]) > 1000, program.__name__
 
 
 @pytest.mark.long
