@@ -11,6 +11,7 @@ import torch
 from backend.errors import UsageError
 from backend.training import metrics
 from backend.training.models.losses import (
+    gram_distance,
     gram_matrix,
     mask_aware_loss,
     texture_consistency_loss,
@@ -97,6 +98,17 @@ def test_gram_matrix_by_hand() -> None:
     features = torch.tensor([[[[1.0, 2.0]], [[3.0, 5.0]]]])  # two channels, two pixels
     weight = torch.tensor([[[[1.0, 0.0]]]])  # the second pixel does not count
     assert gram_matrix(features, weight)[0].tolist() == [[0.5, 1.5], [1.5, 4.5]]  # outer((1,3)) / (1 pixel * 2 channels)
+
+
+def test_gram_distance_by_hand_and_whatever_the_scale_of_the_features() -> None:
+    wanted = [torch.tensor([[[[1.0, 2.0]], [[3.0, 5.0]]]]), torch.full((1, 1, 1, 1), 2.0)]
+    found = [torch.tensor([[[[2.0, 9.0]], [[3.0, 9.0]]]]), torch.full((1, 1, 1, 1), 1.0)]
+    mask = torch.tensor([[[[1.0, 0.0]]]])
+    # first layer: outer((2, 3)) - outer((1, 3)) = ((3, 3), (3, 0)), 27 of 1 + 9 + 9 + 81 = 100; second: (1 - 4)^2 / 16
+    expected = (0.27 + 9 / 16) / 2
+    assert float(gram_distance(found, wanted, mask)) == pytest.approx(expected)
+    for scale in (1e-3, 1e3):
+        assert float(gram_distance([scale * f for f in found], [scale * w for w in wanted], mask)) == pytest.approx(expected)
 
 
 def _network(seed: int = 0) -> PerceptualNet:

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 from backend.demo import architectures, miniature, train_loop
 from backend.demo.training_data import Photo, Photos, hair_mask, head_crop, jittered
@@ -57,7 +56,7 @@ def train_vae(place: train_loop.Workplace) -> dict[str, Any]:
         return (
             _reconstruction_loss(decoded, images, hair)
             + LPIPS_WEIGHT * network.distance(found, wanted).mean()
-            + GRAM_WEIGHT * _gram_error(found, wanted, hair)
+            + GRAM_WEIGHT * losses.gram_distance(found, wanted, hair)
             + KL_WEIGHT * posterior.kl().mean()
         )
 
@@ -124,15 +123,3 @@ def _reconstruction_loss(decoded: Tensor, images: Tensor, hair: Tensor) -> Tenso
     error = (decoded - images) * weight / weight.mean()
     across, down = error.diff(dim=3).abs().mean(), error.diff(dim=2).abs().mean()
     return error.abs().mean() + 2.0 * error.square().mean() + 0.25 * (across + down)
-
-
-def _gram_error(found: list[Tensor], wanted: list[Tensor], hair: Tensor) -> Tensor:
-    """Relative squared error of the hair's Gram matrices, mean over feature layers and pictures."""
-    errors = []
-    for ours, theirs in zip(found, wanted, strict=True):
-        weight = F.interpolate(hair, ours.shape[-2:], mode="area")
-        target = losses.gram_matrix(theirs, weight)
-        errors.append(
-            ((losses.gram_matrix(ours, weight) - target).square().sum((1, 2)) / target.square().sum((1, 2)).clamp_min(1e-6)).mean()
-        )
-    return torch.stack(errors).mean()

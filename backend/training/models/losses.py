@@ -39,15 +39,27 @@ def gram_matrix(features: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return flat @ features.flatten(2).transpose(1, 2) / (total[:, None, None] * features.shape[1])
 
 
+def gram_distance(found: list[torch.Tensor], wanted: list[torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
+    """How far the Gram matrices of feature maps lie apart inside a mask: |G - G*|^2 / |G*|^2, mean over layers and pictures.
+
+    found, wanted: one (B, C, h, w) per layer. mask: (B, 1, H, W). Returns a scalar: 0 for equal ones, 1 where ``found`` is nothing. It is
+    relative because a layer's entries are as large as its activations squared over its width: the absolute difference is 1e-6 in one
+    network and 1 in another, and no weight means anything.
+    """
+    distances = []
+    for ours, theirs in zip(found, wanted, strict=True):
+        weight = F.interpolate(mask, ours.shape[-2:], mode="area")
+        target = gram_matrix(theirs, weight)
+        error = (gram_matrix(ours, weight) - target).square().sum((1, 2))
+        distances.append((error / target.square().sum((1, 2)).clamp_min(1e-12)).mean())
+    return torch.stack(distances).mean()
+
+
 def texture_consistency_loss(network: PerceptualNet, image: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """TextureConsistencyLoss: mean squared difference of the Gram matrices of all five feature layers, inside the mask.
+    """TextureConsistencyLoss: ``gram_distance`` of the five feature layers, inside the mask.
 
     image, target: (B, 3, H, W) in [-1, 1]; gradients flow to ``image``. mask: (B, 1, H, W). Returns a scalar.
     """
     with torch.no_grad():
         wanted = network.features(target)
-    losses = []
-    for ours, theirs in zip(network.features(image), wanted, strict=True):
-        weight = F.interpolate(mask, ours.shape[-2:], mode="area")
-        losses.append((gram_matrix(ours, weight) - gram_matrix(theirs, weight)).square().mean())
-    return torch.stack(losses).mean()
+    return gram_distance(network.features(image), wanted, mask)
