@@ -167,6 +167,8 @@ def test_rollback_swaps_the_two_and_back(
         assert json.loads(capsys.readouterr().out.splitlines()[-1])["deployed"]["sha256"] == wanted
         assert load_bundle(target).sha256 == wanted and step in target.with_suffix(".md").read_text()
         assert artifacts.read_json(world.root / "report/summary.json")["deployed"]["sha256"] == wanted
+        page = (world.root / "report/index.html").read_text()
+        assert page.count("changed by --rollback") == 1 and f"In production: sha256 {wanted}." in page and page.count("<h1>") == 1
     previous = deploy.previous_path(target)
     target.unlink()
     with monkeypatch.context() as without_links:

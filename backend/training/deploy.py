@@ -10,7 +10,7 @@ from typing import Any
 from backend import artifacts
 from backend.config import Config
 from backend.errors import MissingInputError
-from backend.training import results
+from backend.training import html, results
 from backend.training.model_card import model_card
 
 
@@ -68,4 +68,8 @@ def rollback(config: Config) -> dict[str, Any]:
     summary = config.paths.report / "summary.json"
     if summary.is_file():  # so that a later run does not take the withdrawn model for the deployed one
         artifacts.write_json(summary, {**artifacts.read_json(summary), "deployed": deployed})
+    report = config.paths.report / "index.html"
+    if report.is_file():
+        notice = f"The deployed model was changed by --rollback after this report was written. In production: sha256 {digest}."
+        artifacts.write_text(report, html.with_notice(report.read_text(encoding="utf-8"), notice))
     return {"deployed": deployed}

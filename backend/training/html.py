@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Sequence
 from html import escape
 from typing import NamedTuple
@@ -51,6 +52,9 @@ pre{overflow-x:auto;background:var(--card);border:1px solid var(--line);padding:
 """
 
 
+_NOTICE = re.compile(r'<p class="notice">.*?</p>', re.DOTALL)
+
+
 def page(title: str, body: Sequence[str], *, lead: str = "") -> str:
     """A whole HTML document from already escaped parts."""
     head = f"<h1>{escape(title)}</h1>" + (f'<p class="soft">{escape(lead)}</p>' if lead else "")
@@ -58,6 +62,12 @@ def page(title: str, body: Sequence[str], *, lead: str = "") -> str:
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body><main>{head}{''.join(body)}</main></body></html>\n"
     )
+
+
+def with_notice(document: str, text: str) -> str:
+    """A page of ``page`` with ``text`` above all else, in place of an earlier notice."""
+    bare = _NOTICE.sub("", document)
+    return bare.replace("<main>", f'<main><p class="notice"><strong>{escape(text)}</strong></p>', 1)
 
 
 class Measured(NamedTuple):
