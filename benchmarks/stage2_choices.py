@@ -45,6 +45,7 @@ VARIANTS: dict[str, list[str]] = {
     "masks_silhouette": [],
     "injection_decoupled": ["train.injection=decoupled"],
     "noise_offset_0.1": ["train.noise_offset=0.1"],
+    "texture_loss": ["train.texture_every=1", "train.texture_weight=1.5", "train.texture_max_timestep=1000"],
 }
 SHOWN = ("hair_color_delta_e", "curl_agreement", "masked_psnr", "lpips")
 
