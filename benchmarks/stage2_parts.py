@@ -130,10 +130,25 @@ class SyntheticPrompts:
         return self._text
 
 
+class SyntheticPictures:
+    """A photo of smooth noise with a disc of hair for every sample."""
+
+    def __init__(self, size: Size) -> None:
+        noise = random_pictures(size, 1, torch.device("cpu"))[0].permute(1, 2, 0)
+        axis = np.linspace(-1, 1, size.resolution)
+        disc = np.where(axis[:, None] ** 2 + axis[None] ** 2 < 0.5, np.uint8(255), np.uint8(0))
+        self._picture = ((noise.numpy() + 1) * 127.5).astype(np.uint8), disc
+
+    def get(self, index: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        """As prepared.Pictures.get."""
+        return self._picture
+
+
 def synthetic_split(size: Size, *, samples: int, variants: int, style_tokens: int) -> Split:
     """A split of random samples, each with all others as style references."""
     latents = SyntheticLatents(size, samples=samples, variants=variants, style_tokens=style_tokens)
-    return Split(latents, [""] * samples, [[other for other in range(samples) if other != n] for n in range(samples)])
+    references = [[other for other in range(samples) if other != n] for n in range(samples)]
+    return Split(latents, [""] * samples, references, SyntheticPictures(size))
 
 
 def random_pictures(size: Size, count: int, device: torch.device) -> torch.Tensor:

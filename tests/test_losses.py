@@ -2,6 +2,7 @@
 
 import dataclasses
 import warnings
+from types import SimpleNamespace
 
 import lpips as reference_lpips
 import numpy as np
@@ -18,9 +19,11 @@ from backend.training.models.losses import (
 )
 from backend.training.models.perceptual import PerceptualNet
 from backend.training.models.schedule import NoiseSchedule
+from backend.training.stage2_data import Batches
 from backend.training.stage2_step import Stage2Step
-from benchmarks.stage2_parts import SCHEDULER, random_vae
-from tests.stage2_set import CPU, SIZE, Toy, settings
+from backend.tryon import conditioning
+from benchmarks.stage2_parts import SCHEDULER, SyntheticPrompts, random_vae
+from tests.stage2_set import CPU, SAMPLES, SIZE, Toy, settings
 
 
 def test_mask_aware_loss_by_hand() -> None:
@@ -104,8 +107,8 @@ def test_gram_distance_by_hand_and_whatever_the_scale_of_the_features() -> None:
     wanted = [torch.tensor([[[[1.0, 2.0]], [[3.0, 5.0]]]]), torch.full((1, 1, 1, 1), 2.0)]
     found = [torch.tensor([[[[2.0, 9.0]], [[3.0, 9.0]]]]), torch.full((1, 1, 1, 1), 1.0)]
     mask = torch.tensor([[[[1.0, 0.0]]]])
-    # first layer: outer((2, 3)) - outer((1, 3)) = ((3, 3), (3, 0)), 27 of 1 + 9 + 9 + 81 = 100; second: (1 - 4)^2 / 16
-    expected = (0.27 + 9 / 16) / 2
+    # first layer: outer((2, 3)) - outer((1, 3)) = ((3, 3), (3, 0)), 27 of 16 + 36 + 36 + 81 and 1 + 9 + 9 + 81; second: (1 - 4)^2 of 1 + 16
+    expected = (27 / (169 + 100) + 9 / 17) / 2
     assert float(gram_distance(found, wanted, mask)) == pytest.approx(expected)
     for scale in (1e-3, 1e3):
         assert float(gram_distance([scale * f for f in found], [scale * w for w in wanted], mask)) == pytest.approx(expected)
@@ -133,7 +136,7 @@ def test_texture_loss_is_zero_for_equal_pictures_and_its_gradient_reaches_the_pi
 
 
 def test_the_texture_loss_reaches_the_unet_through_the_decoder_and_low_timesteps_alone() -> None:
-    """Through the product's own step: predicted x0, a crop of it decoded, Gram matrices."""
+    """Through the product's own step: predicted x0, a square of it decoded, Gram matrices beside the photo's own pixels."""
     toy = Toy(settings(preset="full-exact", batch_size=2, texture_every=1, texture_max_timestep=300))
     vae = random_vae(SIZE, CPU, torch.float32)
     step = Stage2Step(toy.config, toy.model, toy.optimizer, NoiseSchedule(SCHEDULER), vae=vae, perceptual=_network())
@@ -151,6 +154,34 @@ def test_the_texture_loss_reaches_the_unet_through_the_decoder_and_low_timesteps
         gradient = gradients[name]
         assert gradient is not None and float(gradient.abs().max()) > 0, name
     assert all(p.grad is None for p in vae.parameters())
+
+
+def test_the_texture_squares_lie_where_the_hair_is_and_hold_the_photos_own_pixels() -> None:
+    toy = Toy(settings(preset="full-exact", batch_size=4, texture_every=3, texture_crop=4))
+    pixels = np.random.default_rng(0).integers(0, 256, (SAMPLES, 64, 64, 3), dtype=np.uint8)
+    hair = np.zeros((64, 64), np.uint8)
+    hair[24:, 32:] = 255
+    pictures = SimpleNamespace(get=lambda index: (pixels[index], hair))
+    split = dataclasses.replace(toy.batches._splits["train"], pictures=pictures)
+    batches = Batches(toy.config.train, {"train": split}, SyntheticPrompts(SIZE), timesteps=1000, device=CPU)
+    assert batches.batch("train", np.arange(4), 4).textures is None and batches.batch("train", np.arange(4), 3, timestep=5).textures is None
+
+    seen = set()
+    for step in range(0, 60, 3):
+        whole = batches.batch("train", np.array([5, 2, 7, 0]), step)
+        textures = whole.textures
+        assert textures is not None
+        for row, (index, (top, left)) in enumerate(zip([5, 2, 7, 0], textures.corners, strict=True)):
+            window = np.s_[8 * top : 8 * top + 32, 8 * left : 8 * left + 32]
+            assert (hair[window] > 0).mean() >= 0.75
+            assert np.array_equal(textures.hair[row, 0].numpy() > 0, hair[window] > 0)
+            assert torch.equal(textures.picture[row], conditioning.to_tensor([pixels[index][window]])[0])
+            seen.add((top, left))
+        part = whole.split(2)[1].textures
+        assert part is not None and part.corners == textures.corners[2:] and torch.equal(part.picture, textures.picture[2:])
+        mine = batches.batch("train", np.array([5, 2, 7, 0]), step, rows=slice(2, 4)).textures
+        assert mine is not None and mine.corners == textures.corners[2:]  # whatever the number of processes
+    assert len(seen) > 2
 
 
 def test_noise_offset_shifts_each_channel_of_each_sample_by_a_number_of_its_own() -> None:

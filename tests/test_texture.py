@@ -236,7 +236,10 @@ def take_steps(world: Processes, root: Path, out: Path | None, steps: int) -> No
 @pytest.mark.long
 @pytest.mark.parametrize("steps", [1, 3])
 def test_two_processes_equal_one(world: Path, tmp_path: Path, steps: int) -> None:
-    """The weights always; the gradients before the first update, since later a unit next to its threshold may fall to the other side."""
+    """Changes of the weights always; the gradients before the first update, since later a unit next to its threshold may fall to the other side.
+
+    Tensor by tensor and against its size: AdamW divides by the gradient, so that a rounding where that is nearly 0 shows in a single weight.
+    """
     import socket
 
     with socket.socket() as probe:
@@ -246,9 +249,12 @@ def test_two_processes_equal_one(world: Path, tmp_path: Path, steps: int) -> Non
     take_steps(Processes(torch.device("cpu")), world, tmp_path / "one", steps)
     one, two = artifacts.load_tensors(tmp_path / "one"), artifacts.load_tensors(tmp_path / "two")
     start = new_encoder(LAYERS, dropout=0.2, seed=3).state_dict()
-    for name in one if steps == 1 else start:
-        torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=0)
-    assert max(float((one[name] - start[name]).abs().max()) for name in start if one[name].is_floating_point()) > 1e-5  # it did move
+    changes = {name: (one[name] - start[name], two[name] - start[name]) for name in start}
+    gradients = {name: (one[name], two[name]) for name in one if name not in start} if steps == 1 else {}
+    for name, (ours, theirs) in (changes | gradients).items():
+        off, size = (float(value.double().norm()) for value in (theirs - ours, ours))
+        assert off <= 2e-3 * size, f"{name}: {off} of {size}"
+    assert max(float(change.abs().max()) for name, (change, _) in changes.items() if one[name].is_floating_point()) > 1e-5  # it did move
 
 
 def deal_anew(processed: Path) -> None:

@@ -87,13 +87,16 @@ class IdentityNet(nn.Module):
         return self.embed(torch.flatten(self.squeeze(self.features(faces)), 1))  # type: ignore[no-any-return]
 
 
-def vgg_features(widths: tuple[int, ...] = VGG_WIDTHS) -> nn.Sequential:
-    """The thirteen convolutions of VGG16 (arXiv 1409.1556) with torchvision's numbering, at any widths of its five blocks."""
+def vgg_features(widths: tuple[int, ...] = VGG_WIDTHS, *, batch_norm: bool = False) -> nn.Sequential:
+    """The thirteen convolutions of VGG16 (arXiv 1409.1556) with torchvision's numbering, at any widths of its five blocks.
+
+    batch_norm: one after each convolution, as torchvision's ``vgg16_bn``, which has its own numbering.
+    """
     layers: list[nn.Module] = []
     inputs = 3
     for width, depth in zip(widths, VGG_DEPTHS, strict=True):
         for _ in range(depth):
-            layers += [nn.Conv2d(inputs, width, 3, padding=1), nn.ReLU()]
+            layers += [nn.Conv2d(inputs, width, 3, padding=1), *([nn.BatchNorm2d(width)] if batch_norm else []), nn.ReLU()]
             inputs = width
         layers.append(nn.MaxPool2d(2, 2))
     features = nn.Sequential(*layers)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,19 +15,17 @@ from torch.nn import functional as F
 from backend.demo import architectures, miniature, train_loop, traits
 from backend.demo.networks import VGG_WIDTHS, vgg_features
 from backend.demo.portraits import HAIR
-from backend.demo.training_data import Photo, Photos, head_crop, jittered, relight
+from backend.demo.training_data import Photo, Photos, hair_mask, head_crop, jittered, relight
 from backend.imaging import crop
 from backend.training import keyed
-
-if TYPE_CHECKING:
-    pass
+from backend.tryon import conditioning
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PARSER = train_loop.Schedule(steps=4800, batch_size=12, lr=1.5e-3, photos=1536, warmup=50, average=0.99, save_every=100)
 PARSER_LONG = train_loop.Schedule(steps=4000, batch_size=32, lr=1.5e-3, photos=6144, warmup=200, average=0.998, save_every=500)
-PERCEPTUAL = train_loop.Schedule(steps=600, batch_size=32, lr=2e-3, photos=640, warmup=50, average=0.98, save_every=100)
-PERCEPTUAL_LONG = train_loop.Schedule(steps=2000, batch_size=96, lr=2e-3, photos=6144, warmup=100, average=0.995, save_every=500)
-_ATTRIBUTES = {"curl": 4, "volume": 3, "length": 5, "colour": 9, "bangs": 5}
+PERCEPTUAL = train_loop.Schedule(steps=1600, batch_size=24, lr=3e-3, photos=1536, warmup=50, weight_decay=0.05, save_every=100)
+PERCEPTUAL_LONG = train_loop.Schedule(steps=3000, batch_size=96, lr=4e-3, photos=6144, warmup=100, weight_decay=0.05, save_every=500)
+_TEXTURES, _SHAPES = {"curl": 4, "volume": 3, "colour": 9}, {"length": 5, "bangs": 5}
 
 
 def normalised(images: Tensor) -> Tensor:
@@ -96,33 +95,80 @@ _MIRROR = _mirror_table()
 
 
 class _AttributeNet(nn.Module):
-    """The features and one linear head for each attribute on their mean, which are left behind afterwards."""
+    """The features with batch norm, and heads that are left behind afterwards: texture is read at every block, shape from the last two.
+
+    A texture head sees the mean and the root mean square of each channel inside the hair, which is what a Gram matrix holds on its
+    diagonal: so the Gram matrices of all five blocks come to tell the attributes apart.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.features = vgg_features()
-        self.norm = nn.LayerNorm(VGG_WIDTHS[-1] + VGG_WIDTHS[-2])
-        self.heads = nn.ModuleDict({name: nn.Linear(VGG_WIDTHS[-1] + VGG_WIDTHS[-2], count) for name, count in _ATTRIBUTES.items()})
+        self.features = vgg_features(batch_norm=True)
+        self.norms = nn.ModuleList(nn.LayerNorm(2 * width) for width in VGG_WIDTHS)
+        self.texture = nn.ModuleList(_heads(2 * width, _TEXTURES) for width in VGG_WIDTHS)
+        self.shape = _heads(VGG_WIDTHS[-2] + VGG_WIDTHS[-1], _SHAPES)
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        block4 = self.features[:23](images)
-        pooled = torch.cat([block4.mean((2, 3)), self.features[23:](block4).mean((2, 3))], dim=1)
-        return {name: head(self.norm(pooled)) for name, head in self.heads.items()}
+    def forward(self, images: Tensor, hair: Tensor) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+        """Logits of the texture attributes for each block, and of the shape attributes; hair (B, 1, S, S), 0 or 1."""
+        maps = []
+        for layer in self.features:
+            if isinstance(layer, nn.MaxPool2d):
+                maps.append(images)
+            images = layer(images)
+        textures = []
+        for features, norm, heads in zip(maps, self.norms, self.texture, strict=True):
+            weight = F.interpolate(hair, features.shape[-2:], mode="area")
+            total = weight.sum((2, 3)).clamp_min(1e-3)
+            mean, power = (features * weight).sum((2, 3)) / total, (features.square() * weight).sum((2, 3)) / total
+            statistics = norm(torch.cat([mean, (power + 1e-6).sqrt()], dim=1))
+            textures.append({name: head(statistics) for name, head in heads.items()})
+        pooled = torch.cat([features.mean((2, 3)) for features in maps[-2:]], dim=1)
+        return textures, {name: head(pooled) for name, head in self.shape.items()}
+
+
+def _heads(width: int, attributes: dict[str, int]) -> nn.ModuleDict:
+    return nn.ModuleDict({name: nn.Linear(width, count) for name, count in attributes.items()})
 
 
 def train_perceptual(place: train_loop.Workplace) -> dict[str, Any]:
-    """VGG-shaped features that tell hairstyle attributes: head crops for all of them, hair close-ups for curl, volume and colour."""
+    """VGG-shaped features that tell hairstyle attributes: head crops for all of them, hair close-ups for curl, volume and colour.
+
+    The batch norms that make thirteen convolutions trainable in minutes are folded into them at the end.
+    """
     schedule = place.pick(PERCEPTUAL, PERCEPTUAL_LONG)
     photos = Photos(place.cache, "train", schedule.photos, workers=place.workers)
-    model = _AttributeNet()
+    model = _AttributeNet().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def loss_of(_: int, batch: train_loop.Batch) -> Tensor:
-        predicted = model(normalised(batch["images"]))
-        return torch.stack([F.cross_entropy(predicted[name], batch[name], ignore_index=-1) for name in _ATTRIBUTES]).sum()
+        images = normalised(batch["images"]).contiguous(memory_format=torch.channels_last)
+        textures, shapes = model(images, batch["hair"])
+        losses = [
+            weight * F.cross_entropy(block[name], batch[name], label_smoothing=0.1)
+            for block in textures
+            for name, weight in (("curl", 0.5), ("volume", 0.25), ("colour", 0.25))
+        ]
+        # The mean over those that show it: none may, among a few close-ups.
+        losses += [0.5 * F.cross_entropy(shapes[name], batch[name], ignore_index=-1).nan_to_num() for name in _SHAPES]
+        return torch.stack(losses).sum()
 
     loss = train_loop.fit("perceptual", model, partial(_attribute_batch, photos, schedule.batch_size, place.seed), loss_of, schedule, place)
-    miniature.write_perceptual(place.weights, model.features)
+    miniature.write_perceptual(place.weights, without_batch_norm(model.features))
     return {"steps": schedule.steps, "loss": round(loss, 4)}
+
+
+@torch.no_grad()
+def without_batch_norm(features: nn.Sequential) -> nn.Sequential:
+    """The same features as ``vgg_features`` without batch norm: in evaluation it is a factor and an offset of each channel."""
+    folded = vgg_features()
+    convolutions = (layer for layer in folded if isinstance(layer, nn.Conv2d))
+    for layer, norm in pairwise(features):
+        if isinstance(layer, nn.Conv2d):
+            into = next(convolutions)
+            assert into.bias is not None  # built with one
+            factor = norm.weight / (norm.running_var + norm.eps).sqrt()
+            into.weight.copy_(layer.weight * factor.view(-1, 1, 1, 1))
+            into.bias.copy_((layer.bias - norm.running_mean) * factor + norm.bias)
+    return folded
 
 
 def attributes(style: traits.Hairstyle) -> dict[str, int]:
@@ -139,21 +185,28 @@ def attributes(style: traits.Hairstyle) -> dict[str, int]:
 def _attribute_batch(photos: Photos, size: int, seed: int, step: int) -> train_loop.Batch:
     rng = keyed.numpy_generator(seed, "perceptual", step)
     samples = [_attribute_sample(photos[int(rng.integers(len(photos)))], rng) for _ in range(size)]
-    labels = {name: torch.tensor([labels[name] for _, labels in samples]) for name in _ATTRIBUTES}
-    return {"images": torch.from_numpy(np.stack([image for image, _ in samples])), **labels}
+    labels = {name: torch.tensor([labels[name] for _, _, labels in samples]) for name in _TEXTURES | _SHAPES}
+    return {
+        "images": torch.from_numpy(np.stack([image for image, _, _ in samples])),
+        "hair": conditioning.mask_tensor([hair for _, hair, _ in samples]),
+        **labels,
+    }
 
 
-def _attribute_sample(photo: Photo, rng: np.random.Generator) -> tuple[NDArray[np.uint8], dict[str, int]]:
-    """A head crop or a close-up, 96 px; what a close-up or a view from behind does not show is -1."""
+def _attribute_sample(photo: Photo, rng: np.random.Generator) -> tuple[NDArray[np.uint8], NDArray[np.uint8], dict[str, int]]:
+    """A head crop or a close-up at the size that Stage 2 trains at, the mask of its hair, 0/255, and the attributes; what a close-up or a
+    view from behind does not show is -1."""
     labels = attributes(photo.view.hairstyle)
     if photo.box is None or abs(photo.view.yaw) > 75:
         labels["bangs"] = -1
     square = jittered(photo.square(), rng, (0.85, 1.15), 0.06)
-    if rng.random() < 0.35 and (hair := np.argwhere(photo.parsing == HAIR)).size:
+    if rng.random() < 0.3 and (hair := np.argwhere(photo.parsing == HAIR)).size:
         row, column = hair[int(rng.integers(len(hair)))]
-        side = max(24, round(square.side * float(rng.uniform(0.25, 0.5))))
+        side = max(24, round(square.side * float(rng.uniform(0.35, 0.6))))
         square = crop.Square(int(column) - side // 2, int(row) - side // 2, side)
         labels |= {"length": -1, "bangs": -1}
-    image, _ = head_crop(photo, square, 96)
-    image = relight(image, rng)
-    return (image if rng.random() < 0.5 else np.ascontiguousarray(image[:, ::-1])), labels
+    image, parsing = head_crop(photo, square, architectures.IMAGE_SIDE)
+    image, mask = relight(image, rng), hair_mask(parsing)
+    if rng.random() < 0.5:
+        image, mask = np.ascontiguousarray(image[:, ::-1]), np.ascontiguousarray(mask[:, ::-1])
+    return image, mask, labels

@@ -68,6 +68,18 @@ class Prepared:
         )
 
 
+class Pictures:
+    """The photos of ``rows`` and their hair, read when they are asked for."""
+
+    def __init__(self, prepared: Prepared, rows: list[dict[str, Any]]) -> None:
+        self._folder, self._files = prepared.folder, [row["files"] for row in rows]
+
+    def get(self, index: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        """Photo (S, S, 3) uint8 RGB and hair (S, S) uint8 0/255 of row ``index``."""
+        bald, alone = (read_png(self._folder / self._files[index][name]) for name in ("bald", "hair_only"))
+        return join(bald, alone), np.ascontiguousarray(alone[..., 3])
+
+
 def join(bald: NDArray[np.uint8], hair_only: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """The head crop that the two stored pictures are parts of: (S, S, 3) uint8 RGB, exact."""
     return np.where(hair_only[..., 3:] > 0, hair_only[..., :3], bald)

@@ -14,6 +14,7 @@ from backend.config import TrainConfig
 from backend.training.data_processing.prompts import NEUTRAL_PROMPT
 from backend.training.keyed import numpy_generator, torch_generator
 from backend.training.models.stage2_unet import Conditions
+from backend.tryon import conditioning
 
 
 class Latents(Protocol):
@@ -36,13 +37,32 @@ class Prompts(Protocol):
         ...
 
 
+class Pictures(Protocol):
+    """The photos that cached samples were encoded from, as ``prepared.Pictures`` reads them."""
+
+    def get(self, index: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        """A sample's photo (S, S, 3) uint8 RGB and hair (S, S) uint8 0/255."""
+        ...
+
+
 @dataclass(frozen=True)
 class Split:
-    """The cached samples of one split with what is drawn from for each."""
+    """The cached samples of one split with what is drawn from for each. pictures: None where no loss looks at pixels."""
 
     latents: Latents
     prompts: list[str]
     references: Sequence[Sequence[int]]
+    pictures: Pictures | None = None
+
+
+@dataclass(frozen=True)
+class Textures:
+    """For the texture loss, a square of each photo where its hair lies: corners (top, left) in latent pixels, picture (B, 3, P, P) in
+    [-1, 1] and hair (B, 1, P, P), 0 or 1, float32; P is 8 ``train.texture_crop``."""
+
+    corners: list[tuple[int, int]]
+    picture: torch.Tensor
+    hair: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -57,6 +77,7 @@ class Batch:
     noise: torch.Tensor
     timesteps: torch.Tensor
     ids: list[str]
+    textures: Textures | None = None  # in steps with a texture loss
 
     def split(self, parts: int) -> list[Batch]:
         """The batch in ``parts`` equal parts, in order. Raises ValueError when it cannot be divided evenly."""
@@ -69,8 +90,10 @@ class Batch:
         return [self._part(slice(start, start + size)) for start in range(0, count, size)]
 
     def _part(self, rows: slice) -> Batch:
+        parts = {name: value[rows] for name, value in vars(self).items() if name not in ("conditions", "textures")}
         conditions = Conditions(**{name: value[rows] for name, value in vars(self.conditions).items()})
-        return Batch(**{**{name: value[rows] for name, value in vars(self).items() if name != "conditions"}, "conditions": conditions})
+        textures = self.textures and Textures(**{name: value[rows] for name, value in vars(self.textures).items()})
+        return Batch(**parts, conditions=conditions, textures=textures)
 
 
 class Batches:
@@ -127,10 +150,39 @@ class Batches:
             here(photo), here(take("mask", own)[every, chosen].float()), here(take("bald", own)[every, chosen].float()),
             here(take("excluded", own).float()), conditions, here(noise[rows]), here(timesteps[rows]),
             [data.latents.ids[int(i)] for i in own],
+            self._textures(split, own, step, rows) if timestep is None and train.texture_every and step % train.texture_every == 0 else None,
         )  # fmt: skip
+
+    def _textures(self, split: str, own: NDArray[np.int64], step: int, rows: slice) -> Textures | None:
+        """A square for each of the samples ``own``, which are the ``rows`` of the batch of ``step``."""
+        pictures, side = self._splits[split].pictures, self._train.texture_crop
+        if pictures is None:
+            return None
+        draws = numpy_generator(self._train.seed, f"texture/{split}", step).random(rows.stop or len(own))[rows]
+        corners, photos, hairs = [], [], []
+        for index, draw in zip(own, draws, strict=True):
+            photo, hair = pictures.get(int(index))
+            top, left = hairy_square(hair, side, float(draw))
+            corners.append((top, left))
+            window = np.s_[8 * top : 8 * (top + side), 8 * left : 8 * (left + side)]
+            photos.append(photo[window])
+            hairs.append(hair[window])
+        return Textures(corners, self._here(conditioning.to_tensor(photos)), self._here(conditioning.mask_tensor(hairs)))
 
     def _here(self, tensor: torch.Tensor) -> torch.Tensor:
         """On the device, by way of pinned memory, so that the host does not wait for what the card still computes."""
         if self._device.type != "cuda":
             return tensor.to(self._device)
         return tensor.pin_memory().to(self._device, non_blocking=True)
+
+
+def hairy_square(hair: NDArray[np.uint8], side: int, draw: float) -> tuple[int, int]:
+    """Top and left, in latent pixels, of a square of ``side`` latent pixels among those that hold nearly as much hair as any.
+
+    hair: (S, S) uint8 0/255. draw: in [0, 1), which of those with at least three quarters of the most.
+    """
+    cells = torch.nn.functional.avg_pool2d(torch.from_numpy(hair)[None].float(), 8)
+    held = torch.nn.functional.avg_pool2d(cells, side, stride=1)[0]
+    full = (held >= 0.75 * held.max()).nonzero()
+    top, left = full[int(draw * len(full))].tolist()
+    return top, left

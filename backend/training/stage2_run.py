@@ -29,7 +29,7 @@ from backend.training.models.schedule import NoiseSchedule
 from backend.training.models.stage2_unet import HairInpaintingUNet, load_start, load_unet, unet_config
 from backend.training.models.texture_encoder import load_texture_encoder
 from backend.training.prefetch import ahead
-from backend.training.prepared import Prepared, reference_candidates
+from backend.training.prepared import Pictures, Prepared, reference_candidates
 from backend.training.processes import Processes, join_processes
 from backend.training.sharding import gathered
 from backend.training.stage2_cache import CacheKey, build_latents, build_prompts
@@ -94,7 +94,7 @@ class Stage2Run:
         for name in ("train", "val"):
             rows = prepared.rows(name)
             latents = build_latents(self.config, prepared, name, key, self.vae, encoder)
-            splits[name] = Split(latents, [row["prompt"] for row in rows], reference_candidates(rows))
+            splits[name] = Split(latents, [row["prompt"] for row in rows], reference_candidates(rows), Pictures(prepared, rows))
         return splits
 
     def _build_model(self, base: Any) -> HairInpaintingUNet:

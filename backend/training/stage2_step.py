@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -185,24 +184,16 @@ class Stage2Step:
         return noisy.float(), prediction.float()
 
     def _texture_loss(self, batch: Batch, noisy: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor | None:
-        """Gram loss on a decoded crop of the predicted clean latents, for the batch's samples at low timesteps; None without one."""
-        if self._perceptual is None:
+        """Gram loss between a decoded square of the predicted clean latents and the photo's own pixels there, inside its hair, for the
+        batch's samples at low timesteps; None without one. The photo is not decoded from its latents: what the autoencoder lost of its
+        texture would not be asked for."""
+        if self._perceptual is None or batch.textures is None:
             return None
-        low = batch.timesteps < self.config.train.texture_max_timestep
-        if not bool(low.any()):
+        low = (batch.timesteps < self.config.train.texture_max_timestep).nonzero()[:, 0]
+        if not len(low):
             return None
-        clean = self.noising.predicted_x0(noisy[low], prediction[low], batch.timesteps[low])
-        mask = batch.mask[low] * (1 - batch.excluded[low])
-        top, left = _densest_window(mask, self.config.train.texture_crop)
-        window = np.s_[:, :, top : top + self.config.train.texture_crop, left : left + self.config.train.texture_crop]
-        image = conditioning.decode_latents(self._vae, clean[window])
-        with torch.no_grad():
-            target = conditioning.decode_latents(self._vae, batch.photo[low][window])
-        area = torch.nn.functional.interpolate(mask[window], image.shape[-2:])
-        return losses.texture_consistency_loss(self._perceptual, image.float(), target.float(), area)
-
-
-def _densest_window(mask: torch.Tensor, side: int) -> tuple[int, int]:
-    """Top-left corner of the window of ``side`` latents that the batch's masks fill most. mask (B, 1, h, w)."""
-    filled = torch.nn.functional.avg_pool2d(mask.float().mean(dim=0, keepdim=True), side, stride=1)[0, 0]
-    return divmod(int(filled.argmax()), filled.shape[1])
+        clean, side = self.noising.predicted_x0(noisy[low], prediction[low], batch.timesteps[low]), self.config.train.texture_crop
+        corners = [batch.textures.corners[row] for row in low.tolist()]
+        squares = [latents[:, top : top + side, left : left + side] for latents, (top, left) in zip(clean, corners, strict=True)]
+        image = conditioning.decode_latents(self._vae, torch.stack(squares))
+        return losses.texture_consistency_loss(self._perceptual, image.float(), batch.textures.picture[low], batch.textures.hair[low])

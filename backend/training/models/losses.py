@@ -40,18 +40,19 @@ def gram_matrix(features: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def gram_distance(found: list[torch.Tensor], wanted: list[torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
-    """How far the Gram matrices of feature maps lie apart inside a mask: |G - G*|^2 / |G*|^2, mean over layers and pictures.
+    """How far Gram matrices of feature maps lie apart inside a mask: |G - G*|^2 / (|G|^2 + |G*|^2), mean over layers and pictures.
 
-    found, wanted: one (B, C, h, w) per layer. mask: (B, 1, H, W). Returns a scalar: 0 for equal ones, 1 where ``found`` is nothing. It is
-    relative because a layer's entries are as large as its activations squared over its width: with the miniature's network the absolute
-    difference was below 1e-6, and a weight that suits one network means nothing for another.
+    found, wanted: one (B, C, h, w) per layer. mask: (B, 1, H, W). Returns a scalar, 0 for equal ones and at most 1, of features that are
+    not negative. It is relative because a layer's entries are as large as its activations squared over its width: with the miniature's
+    network the absolute difference was below 1e-6, and a weight that suits one network means nothing for another. By both norms, so that
+    a single bright picture cannot outweigh a batch; that also tells curls apart better than by the wanted one's alone (docs/method.md).
     """
     distances = []
     for ours, theirs in zip(found, wanted, strict=True):
         weight = F.interpolate(mask, ours.shape[-2:], mode="area")
-        target = gram_matrix(theirs, weight)
-        error = (gram_matrix(ours, weight) - target).square().sum((1, 2))
-        distances.append((error / target.square().sum((1, 2)).clamp_min(1e-12)).mean())
+        gram, target = gram_matrix(ours, weight), gram_matrix(theirs, weight)
+        size = gram.square().sum((1, 2)) + target.square().sum((1, 2))
+        distances.append(((gram - target).square().sum((1, 2)) / size.clamp_min(1e-12)).mean())
     return torch.stack(distances).mean()
 
 
