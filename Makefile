@@ -24,11 +24,13 @@ demo: $(READY)  ## miniature photos -> training data -> trained, evaluated, depl
 	$(BIN)/deephair run --config configs/demo.yaml; code=$$?; [ $$code -eq 0 ] || [ $$code -eq 3 ] || exit $$code
 	@echo "report: runs/demo/report/index.html     try it on: make serve"
 
+# One process of tests and one thread for each of two cores.
+test test-long: export OMP_NUM_THREADS := 1
 test: $(READY)  ## the tests, 8 minutes at most on 2 cores
-	$(BIN)/python -m pytest -q -m "not long"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not long"
 
 test-long: $(READY)  ## what takes longer: kill and resume, fuzzing, the way to real weights on a stand-in hub
-	$(BIN)/python -m pytest -q -m long
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m long
 
 lint: $(READY)  ## formatting, types, import rules
 	$(BIN)/ruff format --check backend tests benchmarks

@@ -16,7 +16,7 @@ from backend.demo import miniature, train_loop, train_textures, world
 from backend.errors import MissingInputError
 from backend.training import checkpoints, train_stage2
 from backend.training.prepare_dataset_deephair import prepare
-from backend.training.stage2_files import PREFIX
+from backend.training.stage2_files import PREFIX, texture_encoder_path
 from backend.training.train_texture import RESULT, train_texture
 
 _BACKBONE = "backbone."
@@ -24,6 +24,12 @@ FIRST = {"steps": 900, "lr": 5e-4, "ema": 0.0}
 ROUNDS: dict[str, list[dict[str, Any]]] = {"short": [FIRST, FIRST, {}], "long": [{}]}
 """Runs of Stage 1, each from the ResNet of the one before, and what each changes in the configuration: better features from few steps, and an
 average of the weights at the end."""
+
+TEXTURED: dict[str, Any] = {
+    "steps": 600, "lr": 1e-4, "injector_lr": 4e-4, "warmup": 20, "texture_every": 1, "texture_weight": 1.0, "texture_max_timestep": 1000,
+    "save_every": 100, "validate_every": 200, "preview_every": 0,
+}  # fmt: skip
+"""What a second run of Stage 2 changes, from the weights of the first: with the texture loss, which costs half as much again for each step."""
 
 LONG = (
     "data.split=[0.9, 0.04, 0.06]", "texture.steps=4000", "texture.batch_size=192", "texture.lr=8.0e-4", "texture.warmup=200",
@@ -69,14 +75,27 @@ def _half(tensors: dict[str, Any]) -> dict[str, Any]:
 
 
 def train_stage2_start(place: train_loop.Workplace) -> dict[str, Any]:
-    """Stage 2 on the learning set with the encoder of ``train_resnet``, from the base UNet."""
+    """Stage 2 on the learning set with the encoder of ``train_resnet``: from the base UNet, then for a while with the texture loss."""
     config = _world(place)
-    result = train_stage2.train(config)
-    newest = checkpoints.newest(config.paths.checkpoints, PREFIX)
-    if newest is None:
+    first = train_stage2.train(config)
+    textured = config.paths.checkpoints.parent / "textured"
+    textured.mkdir(exist_ok=True)
+    shutil.copy(texture_encoder_path(config), textured)
+    train = config.train.model_copy(
+        update=TEXTURED | {"start": _newest(config).weights_path} | ({"steps": place.limit} if place.limit else {})
+    )
+    config = config.model_copy(update={"train": train, "paths": config.paths.model_copy(update={"checkpoints": textured})})
+    last = train_stage2.train(config)
+    miniature.write_stage2(place.weights, _newest(config).weights)
+    scores = {"loss_first": first["loss_first"], "loss_last": first["loss_last"], "loss_textured": last["loss_last"]}
+    return {"steps": first["steps"] + last["steps"], "set": _set(place), "scores": scores}
+
+
+def _newest(config: Config) -> checkpoints.Checkpoint:
+    found = checkpoints.newest(config.paths.checkpoints, PREFIX)
+    if found is None:
         raise MissingInputError(f"Stage 2 left no checkpoint in {config.paths.checkpoints}")
-    miniature.write_stage2(place.weights, newest.weights)
-    return {"steps": result["steps"], "set": _set(place), "scores": {name: result[name] for name in ("loss_first", "loss_last")}}
+    return found
 
 
 def _world(place: train_loop.Workplace) -> Config:
