@@ -144,7 +144,7 @@ class TrainConfig(Section):
     mask_variants: Annotated[int, Field(ge=1, le=16)] = 4  # random edit regions cached per photo
     outside_weight: Annotated[float, Field(ge=0)] = 0.1  # of MaskAwareLoss outside the edit region
     texture_every: Annotated[int, Field(ge=0)] = 50  # 0: never
-    texture_weight: Annotated[float, Field(ge=0)] = 0.3  # of a loss that is 0 for equal textures, 1 for none at all; docs/method.md
+    texture_weight: Annotated[float, Field(ge=0)] = 0.3  # of a loss that is 0 for equal textures and 1 at most; docs/method.md
     texture_max_timestep: Annotated[int, Field(ge=1, le=1000)] = 300
     texture_crop: Annotated[int, Field(ge=4, multiple_of=2)] = 32  # side of the decoded latent crop
     min_snr_gamma: Annotated[float, Field(ge=0)] = 0.0  # 0: off
