@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from backend import artifacts, weights
-from backend.demo import architectures, miniature, networks, onnx_graph, train_autoencoder, train_textures, vocabulary
+from backend.demo import architectures, miniature, networks, onnx_graph, train_autoencoder, train_pictures, train_textures, vocabulary
 from backend.demo.train_loop import OutOfTime, Schedule, Workplace, fit
 from backend.demo.training_data import HELD_OUT_HEADS, Photo, view
 
@@ -242,6 +242,38 @@ def test_an_interrupted_training_ends_like_an_undisturbed_one(tmp_path: Path) ->
         run(tmp_path / "parts", 3)
     resumed = run(tmp_path / "parts", None)
     assert all(torch.equal(expected[key], resumed[key]) for key in expected)
+
+
+def test_folded_batch_norms_change_no_feature() -> None:
+    """In evaluation; the layers are then VGG16's, so that the product loads them as the real network's."""
+    torch.manual_seed(0)
+    features = networks.vgg_features(batch_norm=True)
+    for layer in features:
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.normal_(layer.running_mean, std=0.3)
+            nn.init.uniform_(layer.running_var, 0.5, 2.0)
+            nn.init.normal_(layer.weight, 1.0, 0.2)
+            nn.init.normal_(layer.bias, std=0.2)
+    features.eval()
+    folded = train_pictures.without_batch_norm(features)
+    assert [type(layer) for layer in folded] == [type(layer) for layer in features if not isinstance(layer, nn.BatchNorm2d)]
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.allclose(folded(images), features(images), atol=1e-4) and float(folded(images).abs().max()) > 0.1
+
+
+def test_the_autoencoders_loss_asks_for_hue_and_forgives_where_a_strand_lies() -> None:
+    images, hair, skin = torch.zeros(1, 3, 16, 16), torch.ones(1, 1, 16, 16), torch.zeros(1, 1, 16, 16)
+
+    def loss(decoded: torch.Tensor, mask: torch.Tensor) -> float:
+        return float(train_autoencoder._reconstruction_loss(decoded, images, mask))
+
+    assert loss(images, hair) == loss(images, skin) == 0.0
+    grey = torch.full_like(images, 0.2)
+    hue = grey * torch.tensor([1.0, -1.0, 0.0]).view(1, 3, 1, 1) * 1.5**0.5  # of the same squared error
+    assert loss(hue, skin) > 3 * loss(grey, skin) and loss(hue, hair) > 3 * loss(grey, hair)
+    stripes = grey * torch.tensor([1.0, -1.0]).repeat(8)  # strands of a pixel, of the right mean
+    assert loss(stripes, hair) < 0.6 * loss(stripes, skin) and loss(grey, hair) > 2 * loss(grey, skin)
 
 
 def test_standardised_latents_decode_to_the_same_picture() -> None:
