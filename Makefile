@@ -19,7 +19,7 @@ $(READY): requirements.lock pyproject.toml
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' Makefile | expand -t 18
 
-demo: $(READY)  ## miniature photos -> training data -> trained, evaluated, deployed model; 5 to 10 minutes on 2 cores
+demo: $(READY)  ## miniature photos -> training data -> trained, evaluated, deployed model; 8 minutes at most on 2 cores
 	$(BIN)/deephair demo-data --config configs/demo.yaml
 	$(BIN)/deephair run --config configs/demo.yaml; code=$$?; [ $$code -eq 0 ] || [ $$code -eq 3 ] || exit $$code
 	@echo "report: runs/demo/report/index.html     try it on: make serve"
