@@ -30,7 +30,8 @@ test: $(READY)  ## the tests, 8 minutes at most on 2 cores
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not long"
 
 test-long: $(READY)  ## what takes longer: kill and resume, fuzzing, the way to real weights on a stand-in hub
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m long
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m long --ignore tests/test_app_fuzz.py
+	$(BIN)/python -m pytest -q -m long tests/test_app_fuzz.py  # its tests share one name, of which processes would run one
 
 lint: $(READY)  ## formatting, types, import rules
 	$(BIN)/ruff format --check backend tests benchmarks
