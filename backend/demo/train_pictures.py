@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from backend.demo import architectures, miniature, train_loop, traits
 from backend.demo.networks import VGG_WIDTHS, vgg_features
@@ -147,8 +147,9 @@ def train_perceptual(place: train_loop.Workplace) -> dict[str, Any]:
             for block in textures
             for name, weight in (("curl", 0.5), ("volume", 0.25), ("colour", 0.25))
         ]
-        # The mean over those that show it: none may, among a few close-ups.
-        losses += [0.5 * F.cross_entropy(shapes[name], batch[name], ignore_index=-1).nan_to_num() for name in _SHAPES]
+        for name in _SHAPES:  # the mean over those that show it: none may, among a few close-ups
+            shown = (batch[name] >= 0).sum().clamp_min(1)
+            losses.append(0.5 * F.cross_entropy(shapes[name], batch[name], ignore_index=-1, reduction="sum") / shown)
         return torch.stack(losses).sum()
 
     loss = train_loop.fit("perceptual", model, partial(_attribute_batch, photos, schedule.batch_size, place.seed), loss_of, schedule, place)
@@ -156,19 +157,17 @@ def train_perceptual(place: train_loop.Workplace) -> dict[str, Any]:
     return {"steps": schedule.steps, "loss": round(loss, 4)}
 
 
-@torch.no_grad()
 def without_batch_norm(features: nn.Sequential) -> nn.Sequential:
-    """The same features as ``vgg_features`` without batch norm: in evaluation it is a factor and an offset of each channel."""
-    folded = vgg_features()
-    convolutions = (layer for layer in folded if isinstance(layer, nn.Conv2d))
-    for layer, norm in pairwise(features):
-        if isinstance(layer, nn.Conv2d):
-            into = next(convolutions)
-            assert into.bias is not None  # built with one
-            factor = norm.weight / (norm.running_var + norm.eps).sqrt()
-            into.weight.copy_(layer.weight * factor.view(-1, 1, 1, 1))
-            into.bias.copy_((layer.bias - norm.running_mean) * factor + norm.bias)
-    return folded
+    """``vgg_features`` with batch norm, in evaluation, as the same features in VGG16's own layers."""
+    layers: list[nn.Module] = []
+    for layer in features:
+        if isinstance(layer, nn.BatchNorm2d):
+            convolution = layers[-1]
+            assert isinstance(convolution, nn.Conv2d)  # as vgg_features builds it
+            layers[-1] = fuse_conv_bn_eval(convolution, layer)
+        else:
+            layers.append(layer)
+    return nn.Sequential(*layers)
 
 
 def attributes(style: traits.Hairstyle) -> dict[str, int]:

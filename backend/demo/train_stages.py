@@ -29,7 +29,7 @@ TEXTURED: dict[str, Any] = {
     "steps": 600, "lr": 1e-4, "injector_lr": 4e-4, "warmup": 20, "texture_every": 1, "texture_weight": 1.0, "texture_max_timestep": 1000,
     "save_every": 100, "validate_every": 200, "preview_every": 0,
 }  # fmt: skip
-"""What a second run of Stage 2 changes, from the weights of the first: with the texture loss, which costs half as much again for each step."""
+"""What a second run of Stage 2 changes, from the weights of the first: with the texture loss."""
 
 LONG = (
     "data.split=[0.9, 0.04, 0.06]", "texture.steps=4000", "texture.batch_size=192", "texture.lr=8.0e-4", "texture.warmup=200",

@@ -46,12 +46,15 @@ class Prepared:
         """Metadata rows sorted by id, of one split or of all."""
         return [row for row in self._rows if split is None or row["split"] == split]
 
+    def picture(self, row: dict[str, Any]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        """Reads one photo, (S, S, 3) uint8 RGB, and its hair, (S, S) uint8 0/255."""
+        bald, alone = (read_png(self.folder / row["files"][name]) for name in ("bald", "hair_only"))
+        return join(bald, alone), np.ascontiguousarray(alone[..., 3])
+
     def sample(self, row: dict[str, Any]) -> Sample:
         """Reads one photo's pictures and identity."""
-        bald = read_png(self.folder / row["files"]["bald"])
-        alone = read_png(self.folder / row["files"]["hair_only"])
-        side = bald.shape[0]
-        hair = np.ascontiguousarray(alone[..., 3])
+        photo, hair = self.picture(row)
+        side = hair.shape[0]
         blurred = np.zeros((side, side), np.uint8)
         if row["face_blur_rings"] and not row["identity_valid"]:
             blurred = masks.rasterize([np.array(ring) for ring in row["face_blur_rings"]], side, side)
@@ -59,7 +62,7 @@ class Prepared:
         file = row["files"].get("identity")
         return Sample(
             id=row["id"],
-            photo=join(bald, alone),
+            photo=photo,
             hair=hair,
             blurred=blurred,
             face_box=tuple(row["face_box"]) if row["face_box"] else None,
@@ -68,16 +71,16 @@ class Prepared:
         )
 
 
+@dataclass(frozen=True)
 class Pictures:
     """The photos of ``rows`` and their hair, read when they are asked for."""
 
-    def __init__(self, prepared: Prepared, rows: list[dict[str, Any]]) -> None:
-        self._folder, self._files = prepared.folder, [row["files"] for row in rows]
+    prepared: Prepared
+    rows: list[dict[str, Any]]
 
     def get(self, index: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-        """Photo (S, S, 3) uint8 RGB and hair (S, S) uint8 0/255 of row ``index``."""
-        bald, alone = (read_png(self._folder / self._files[index][name]) for name in ("bald", "hair_only"))
-        return join(bald, alone), np.ascontiguousarray(alone[..., 3])
+        """``Prepared.picture`` of row ``index``."""
+        return self.prepared.picture(self.rows[index])
 
 
 def join(bald: NDArray[np.uint8], hair_only: NDArray[np.uint8]) -> NDArray[np.uint8]:
