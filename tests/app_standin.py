@@ -129,7 +129,7 @@ class Live:
         files = {name: (name, value) for name, value in fields.items() if isinstance(value, bytes)}
         return self.client.post("/api/v1/jobs", files=files, data={k: str(v) for k, v in fields.items() if not isinstance(v, bytes)})
 
-    def wait(self, job_id: str, *states: str, seconds: float = 10.0) -> dict[str, Any]:
+    def wait(self, job_id: str, *states: str, seconds: float = 60.0) -> dict[str, Any]:
         """Polls until the job is in one of ``states`` (by default: has ended)."""
         wanted = states or ("succeeded", "failed", "cancelled")
         deadline = time.monotonic() + seconds
@@ -161,7 +161,7 @@ def serving(
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
             while factory is None and client.get("/readyz").status_code != 200:
                 time.sleep(0.005)
             yield Live(client, engine, app, port)

@@ -433,10 +433,18 @@ def test_a_wrong_method_is_told_all_right_ones(live: Live) -> None:
 def test_many_ranges_are_no_work(live: Live) -> None:
     job = live.wait(live.post(prompt="bob").json()["id"])["id"]
     ranges = {"range": "bytes=" + ",".join(f"{i}-{i}" for i in range(2000))}
+
+    def best(path: str, headers: dict[str, str]) -> float:
+        """The shortest of five answers, in s."""
+        times = []
+        for _ in range(5):
+            start = time.monotonic()
+            assert live.client.get(path, headers=headers).status_code in (200, 206, 400, 416, 431)
+            times.append(time.monotonic() - start)
+        return min(times)
+
     for path in ("/", "/static/style.css", f"/api/v1/jobs/{job}/result"):
-        start = time.monotonic()
-        assert live.client.get(path, headers=ranges).status_code in (200, 206, 400, 416, 431)
-        assert time.monotonic() - start < 5
+        assert best(path, ranges) < 50 * best(path, {})
 
 
 def test_another_name_or_another_site_is_refused(live: Live) -> None:
