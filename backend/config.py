@@ -98,6 +98,7 @@ class TextureConfig(Section):
     supcon_weight: Annotated[float, Field(ge=0)] = 0.5
     colour_weight: Annotated[float, Field(ge=0)] = 1.0  # of the loss that keeps colour in the features; it is no label
     temperature: Annotated[float, Field(gt=0)] = 0.1
+    painted: Annotated[int, Field(ge=0)] = 0  # training photos whose hair is also seen as the base model's autoencoder gives it back
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0  # decay of an average of the weights, which is then what is judged and kept; 0: none
     save_every: Positive = 500  # steps between checkpoints, and between looks at the validation split
     keep: Positive = 3

@@ -94,6 +94,14 @@ def copy_part(part: MiniaturePart, source: Path, target: Path) -> None:
         compact.expand(source / part.large, target / part.large)
 
 
+def load_part(name: str, source: Path, model: nn.Module) -> None:
+    """Puts the weights of a trained diffusers part in the weights folder ``source`` into a model of its kind."""
+    part = by_name(name)
+    with tempfile.TemporaryDirectory() as temporary:
+        copy_part(part, source, Path(temporary))
+        model.load_state_dict({key: tensor.float() for key, tensor in artifacts.load_tensors(Path(temporary) / part.large).items()})
+
+
 # ---- the parts -----------------------------------------------------------------
 
 

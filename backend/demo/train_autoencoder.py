@@ -45,7 +45,10 @@ def train_vae(place: train_loop.Workplace) -> dict[str, Any]:
         miniature.copy_part(miniature.by_name("perceptual"), place.weights, Path(temporary))
         network = load_perceptual(Path(temporary))[0].to(place.device)
     widths = architectures.VAE_WIDTHS if place.length == "short" else architectures.VAE_WIDTHS_LONG
-    model = architectures.vae(widths).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = architectures.vae(widths)
+    if place.start is not None:
+        miniature.load_part("vae", place.start, model)
+    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def loss_of(_: int, batch: train_loop.Batch) -> Tensor:
         images = batch["images"].contiguous(memory_format=torch.channels_last)
@@ -69,26 +72,32 @@ def train_vae(place: train_loop.Workplace) -> dict[str, Any]:
         batches = train_loop.drawn_ahead(partial(_autoencoder_batch, photos, 32, place.seed, "vae-scale"), range(16), place)
         latents = torch.cat([model.encode(batch["images"]).latent_dist.mean for batch in batches]).cpu()
     model.to("cpu")
-    standardise(model, latents.mean((0, 2, 3)), latents.std((0, 2, 3)))
+    whiten(model, latents.mean((0, 2, 3)), torch.cov(latents.transpose(0, 1).flatten(1)))
     miniature.write_diffusion(place.weights, "vae", model)
     return {"steps": schedule.steps, "loss": round(loss, 4)}
 
 
 @torch.no_grad()
-def standardise(model: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
-    """Moves and scales the latent channels without changing what is decoded: mean 0 and standard deviation 1 / SDXL's factor.
+def whiten(model: AutoencoderKL, mean: Tensor, covariance: Tensor) -> None:
+    """Mixes the latent channels, without changing what is decoded, so that they are uncorrelated: mean 0, deviation 1 / SDXL's factor.
 
-    mean, std (4,): of the latents as they are. The change goes into the 1x1 convolutions on both sides of the latents, so that
-    ``scaling_factor`` 0.13025 brings every channel to unit variance: the noise schedule takes that for granted.
+    mean (4,), covariance (4, 4): of the latents as they are. The change goes into the 1x1 convolutions on both sides of the latents, so
+    that ``scaling_factor`` 0.13025 brings every direction to unit variance: the noise schedule takes that for granted. Of two channels
+    that say nearly the same, the noise would hide the difference at most timesteps, however well the decoder knows it. The mixing is
+    the symmetric one, which moves the latents least (zero-phase whitening). A posterior stays diagonal: its log variances are averaged
+    with the weights that the mixing gives to equal variances.
     """
-    factor = 1 / (SDXL_SCALING * std)
+    values, vectors = torch.linalg.eigh(covariance.double())
+    mixing = (vectors * values.rsqrt() @ vectors.T).to(mean.dtype) / SDXL_SCALING
     before, after = model.quant_conv, model.post_quant_conv
-    count = len(std)
+    count = len(mean)
     after.bias += after.weight[:, :, 0, 0] @ mean
-    after.weight /= factor.view(1, -1, 1, 1)
-    before.weight[:count] *= factor.view(-1, 1, 1, 1)
-    before.bias[:count] = (before.bias[:count] - mean) * factor
-    before.bias[count:] += 2 * factor.log()  # the log variance of the posterior
+    after.weight.copy_((after.weight[:, :, 0, 0] @ torch.linalg.inv(mixing))[..., None, None])
+    rows, bias = before.weight[:, :, 0, 0].clone(), before.bias.clone()
+    gain = mixing.square()
+    share = gain / gain.sum(dim=1, keepdim=True)
+    before.weight.copy_(torch.cat([mixing @ rows[:count], share @ rows[count:]])[..., None, None])
+    before.bias.copy_(torch.cat([mixing @ (bias[:count] - mean), share @ bias[count:] + gain.sum(dim=1).log()]))
     model.register_to_config(scaling_factor=SDXL_SCALING)
 
 

@@ -73,6 +73,8 @@ def train_unet(place: train_loop.Workplace) -> dict[str, Any]:
     with _expanded(place.weights, "vae", "text") as parts:
         cuts = prepare_cuts(parts, photos, seed=place.seed, place=place)
     model = architectures.unet()
+    if place.start is not None:
+        miniature.load_part("unet", place.start, model)
     loss = _fit_denoiser("unet", model, lambda _: model, cuts, plan, place, drop_text=DROP_TEXT)
     miniature.write_diffusion(place.weights, "unet", model)
     architectures.scheduler().save_pretrained(folder(place.weights, "inpainting") / "scheduler")

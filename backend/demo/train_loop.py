@@ -49,7 +49,8 @@ class Workplace:
 
     Its ``checkpoints``, the photo ``cache``, the ``weights`` folder that receives it, the seed, the end of the budget (by
     ``time.monotonic``), the number of rendering processes, the device, the number of processes that draw batches ahead (0: the loop
-    draws its own), the length of training, and the most steps that a part takes (None: all; a few try the script).
+    draws its own), the length of training, the most steps that a part takes (None: all; a few try the script), a weights folder whose
+    parts are gone on from (None: from nothing), and whether networks compute in bfloat16 (their weights stay float32).
     """
 
     checkpoints: Path
@@ -62,10 +63,17 @@ class Workplace:
     loaders: int = 0
     length: Length = "short"
     limit: int | None = None
+    start: Path | None = None
+    bf16: bool = False
 
     def pick(self, short: Schedule, long: Schedule) -> Schedule:
-        """The schedule of this length; with a ``limit``, cut to as many steps and 64 photos."""
+        """The schedule of this length; with a ``limit`` cut to as many steps, and to 64 photos where it starts from nothing.
+
+        What goes on from trained weights learns at half the rate.
+        """
         chosen = short if self.length == "short" else long
+        if self.start is not None:
+            return replace(chosen, lr=chosen.lr / 2, steps=self.limit or chosen.steps)
         return chosen if self.limit is None else replace(chosen, steps=self.limit, photos=min(chosen.photos, 64))
 
 
@@ -147,7 +155,8 @@ def fit(
             group["lr"] = schedule.lr * keyed.warmup_cosine(step, warmup=schedule.warmup, total=schedule.steps, floor=0.02)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(keyed.key(place.seed, f"{name}-layers", step))  # drop-out inside library models draws globally
-            loss = loss_of(step, batch)
+            with torch.autocast(place.device.type, torch.bfloat16, enabled=place.bf16):
+                loss = loss_of(step, batch)
             loss.backward()
         nn.utils.clip_grad_norm_(names, 2.0)
         optimizer.step()

@@ -54,6 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
         loaders=options.loaders,
         length=options.length,
         limit=options.steps,
+        start=options.go_on_from,
+        bf16=options.bf16,
     )
     try:
         for name in options.parts.split(","):
@@ -85,6 +87,10 @@ def train_part(name: str, place: Workplace) -> None:
     logger.info("%s: %s", name, scores)
     about = {"part": name, "name": "miniature", "trained": True, "seed": place.seed, "scores": scores, "renderer": renderer_version()}
     about |= {"commit": commit, "length": place.length, "device": _device_name(place)}
+    if place.start is not None and name in GO_ON:
+        before = artifacts.read_json(place.start / part.card)
+        card["steps"] += before["steps"]
+        about["goes_on_from"] = {"commit": before["commit"], "steps": before["steps"]}
     heads = {"train_heads": [TRAIN_HEADS.start, TRAIN_HEADS.stop], "held_out_heads": [HELD_OUT_HEADS.start, HELD_OUT_HEADS.stop]}
     artifacts.write_json(card_path, about | heads | card | {"minutes": round((time.monotonic() - began) / 60, 1)})
 
@@ -115,9 +121,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--loaders", type=int, default=0, help="processes that draw batches ahead (0: none, for a machine of few cores)")
     parser.add_argument("--length", choices=("short", "long"), default="short")
     parser.add_argument("--steps", type=int, help="train each part this few steps, to try the script; use an --out and --work of its own")
+    parser.add_argument(
+        "--from",
+        dest="go_on_from",
+        type=Path,
+        metavar="FOLDER",
+        help=f"go on from the trained parts in this folder, for --steps steps and at half the rate ({', '.join(GO_ON)})",
+    )
+    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16; faster on a card and on a CPU with instructions for it")
     parser.add_argument("--budget-minutes", type=float, default=1e6, help="stop cleanly after this long; run again to go on")
     return parser
 
+
+GO_ON = ("vae", "unet")
+"""Parts that can start from trained weights."""
 
 TRAINERS: dict[str, Trainer] = {
     "detector": Trainer("backend.demo.train_detector:train", "detector"),

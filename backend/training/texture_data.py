@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +48,7 @@ class PatchTable:
     photo and group number the photo and the head of each patch; ``photo_ids`` and ``group_names`` are what the numbers stand for.
     ``window`` is -1 for Stage 0's patches and 0..3 for windows of a photo's style picture (``hair_windows``): waves are often longer than a
     patch. 4..7, in training only, are the same windows of a picture that was COARSE_SIDE small. They say nothing of volume: the width of
-    strands cannot be seen at their scale.
+    strands cannot be seen at their scale. Windows of ``texture_painted``'s pictures are numbered like those of style pictures.
     """
 
     paths: tuple[Path, ...]
@@ -73,8 +73,8 @@ class PatchTable:
 _Row = tuple[Path, str, str, int, int, int]
 
 
-def read_patch_tables(processed: Path) -> dict[str, PatchTable]:
-    """The patches of train, val and test below a Stage 0 output folder.
+def read_patch_tables(processed: Path, painted: Mapping[str, Path] | None = None) -> dict[str, PatchTable]:
+    """The patches of train, val and test below a Stage 0 output folder; ``painted``: further style pictures of training photos, by id.
 
     Raises MissingInputError when Stage 0 has not run, InvalidArtifactError for a label out of range or a head on two sides of the split.
     """
@@ -95,6 +95,8 @@ def read_patch_tables(processed: Path) -> dict[str, PatchTable]:
         if style := row.get("files", {}).get("style"):
             count = 2 * WINDOWS if split == "train" else WINDOWS
             rows[split] += [(processed / style, row["id"], group, curl, UNKNOWN, window) for window in range(count)]
+        if split == "train" and painted and (again := painted.get(row["id"])):
+            rows[split] += [(again, row["id"], group, curl, UNKNOWN, window) for window in range(WINDOWS)]
     return {split: _table(found) for split, found in rows.items()}
 
 

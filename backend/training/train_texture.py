@@ -20,6 +20,7 @@ from backend.training.models.texture_encoder import FORMAT, new_encoder
 from backend.training.processes import Processes, join_processes
 from backend.training.texture_data import SPLITS, BalancedSampler, Batch, PatchImages, PatchTable, feed, name_patches, read_patch_tables
 from backend.training.texture_metrics import evaluate_encoder, headline, predict_probabilities, score_split
+from backend.training.texture_painted import autoencoder_file, painted_styles
 from backend.training.texture_report import write_report
 from backend.training.texture_trainer import Trainer, labels_of
 
@@ -41,11 +42,13 @@ class Identity:
     config_digest: str
     data_digest: str
     start_sha256: str
+    autoencoder_sha256: str  # empty where texture.painted is 0
 
     def header(self) -> dict[str, Any]:
         """For the header of every file that Stage 1 writes."""
         return {
-            "config_digest": self.config_digest, "data_digest": self.data_digest, "start_sha256": self.start_sha256, "recipe": RECIPE,
+            "config_digest": self.config_digest, "data_digest": self.data_digest, "start_sha256": self.start_sha256,
+            "autoencoder_sha256": self.autoencoder_sha256, "recipe": RECIPE,
         }  # fmt: skip
 
     def made(self, header: dict[str, Any]) -> bool:
@@ -67,10 +70,13 @@ def start_file(config: Config) -> Path:
 
 def identify(config: Config) -> Identity:
     """Raises MissingInputError where the start weights or Stage 0's output are missing."""
-    require_all(lambda: results.require_prepared(config), lambda: weights.require(config.paths.weights, "resnet"))
+    painted = config.texture.painted > 0
+    needed = ("resnet", "inpainting") if painted else ("resnet",)
+    require_all(lambda: results.require_prepared(config), lambda: weights.require(config.paths.weights, *needed))
     metadata = config.paths.processed / "metadata.jsonl"
     data_digest = artifacts.sha256_file(metadata) if metadata.is_file() else ""
-    return Identity(config.digest("texture"), data_digest, artifacts.sha256_file(start_file(config)))
+    autoencoder = artifacts.sha256_file(autoencoder_file(config)) if painted else ""
+    return Identity(config.digest("texture"), data_digest, artifacts.sha256_file(start_file(config)), autoencoder)
 
 
 @dataclass
@@ -92,7 +98,11 @@ class Run:
         self.folder = config.paths.checkpoints
         if self.texture.batch_size % processes.count:
             raise UsageError(f"texture.batch_size {self.texture.batch_size} cannot be shared evenly by {processes.count} processes")
-        self.tables = read_patch_tables(config.paths.processed)
+        painted: dict[str, Path] = {}
+        if self.texture.painted:
+            with processes.first_one_first():
+                painted = painted_styles(config, processes.device)
+        self.tables = read_patch_tables(config.paths.processed, painted)
         self.sampler = BalancedSampler(self.tables["train"], batch_size=self.texture.batch_size, seed=self.texture.seed)
         sides = {"side": self.texture.image_size, "workers": self.texture.workers}
         self.images = {split: PatchImages(self.tables[split], **sides) for split in SPLITS if processes.rank == 0 or split == "train"}
