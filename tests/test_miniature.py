@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +243,19 @@ def test_an_interrupted_training_ends_like_an_undisturbed_one(tmp_path: Path) ->
         run(tmp_path / "parts", 3)
     resumed = run(tmp_path / "parts", None)
     assert all(torch.equal(expected[key], resumed[key]) for key in expected)
+
+
+def test_training_goes_on_from_shipped_weights_at_half_the_rate(tmp_path: Path) -> None:
+    nothing = Workplace(tmp_path, tmp_path, tmp_path, 0, 0.0, 1, limit=3)
+    short, long = Schedule(steps=100, batch_size=2, lr=0.2, photos=500), Schedule(steps=900, batch_size=2, lr=0.1, photos=900)
+    assert nothing.pick(short, long) == replace(short, steps=3, photos=64)
+    assert replace(nothing, start=tmp_path).pick(short, long) == replace(short, steps=3, lr=0.1)
+    assert replace(nothing, start=tmp_path, limit=None, length="long").pick(short, long) == replace(long, lr=0.05)
+    model = architectures.unet()
+    miniature.load_part("unet", miniature.TRAINED, model)  # from 8 bits
+    miniature.copy_part(miniature.by_name("unet"), miniature.TRAINED, tmp_path)
+    expected = artifacts.load_tensors(tmp_path / miniature.by_name("unet").large)
+    assert all(torch.equal(tensor, expected[name].float()) for name, tensor in model.state_dict().items())
 
 
 def test_folded_batch_norms_change_no_feature() -> None:

@@ -82,7 +82,8 @@ def train_part(name: str, place: Workplace) -> None:
     part = miniature.by_name(name)
     if part.large:
         compact.squeeze(place.weights / part.large)
-    held_out = (HELD_OUT_PHOTOS if place.limit is None else 16) if trainer.judge else 0
+    trial = place.limit is not None and place.start is None
+    held_out = (16 if trial else HELD_OUT_PHOTOS) if trainer.judge else 0
     scores = judge(name, place.weights, Photos(place.cache, "held_out", held_out, workers=place.workers)) if held_out else card["scores"]
     logger.info("%s: %s", name, scores)
     about = {"part": name, "name": "miniature", "trained": True, "seed": place.seed, "scores": scores, "renderer": renderer_version()}
