@@ -358,7 +358,7 @@ def test_autoencoder_keeps_its_score(built: Path, fresh: list[Photo]) -> None:
 
     card = trained("vae")
     found = scores.vae(built, fresh)
-    assert found["psnr"] >= card["scores"]["psnr"] - 1.5
+    assert found["psnr"] >= card["scores"]["psnr"] - 2.0  # eight photos of four heads; from photo to photo it varies by 2.3 dB
     assert found["scaled_latent_std"] == pytest.approx(1.0, abs=0.2)
 
 
