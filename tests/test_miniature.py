@@ -13,7 +13,17 @@ import torch
 from torch import nn
 
 from backend import artifacts, weights
-from backend.demo import architectures, miniature, networks, onnx_graph, train_autoencoder, train_pictures, train_textures, vocabulary
+from backend.demo import (
+    architectures,
+    miniature,
+    networks,
+    onnx_graph,
+    train_autoencoder,
+    train_pictures,
+    train_textures,
+    train_weights,
+    vocabulary,
+)
 from backend.demo.train_loop import OutOfTime, Schedule, Workplace, fit
 from backend.demo.training_data import HELD_OUT_HEADS, Photo, view
 
@@ -251,6 +261,8 @@ def test_training_goes_on_from_shipped_weights_at_half_the_rate(tmp_path: Path) 
     assert nothing.pick(short, long) == replace(short, steps=3, photos=64)
     assert replace(nothing, start=tmp_path).pick(short, long) == replace(short, steps=3, lr=0.1)
     assert replace(nothing, start=tmp_path, limit=None, length="long").pick(short, long) == replace(long, lr=0.05)
+    with pytest.raises(SystemExit):  # a part that would start from nothing at half its rate
+        train_weights.main(["--parts", "identity,vae", "--from", str(miniature.TRAINED), "--work", str(tmp_path)])
     model = architectures.unet()
     miniature.load_part("unet", miniature.TRAINED, model)  # from 8 bits
     miniature.copy_part(miniature.by_name("unet"), miniature.TRAINED, tmp_path)

@@ -38,7 +38,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Trains the parts that were asked for and are not finished; returns 0 when all of them are."""
     import torch
 
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.go_on_from is not None and (others := set(options.parts.split(",")) - set(GO_ON)):
+        parser.error(f"--from is for {', '.join(GO_ON)}; name them with --parts ({', '.join(sorted(others))} would start from nothing)")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     options.work.mkdir(parents=True, exist_ok=True)
     torch.set_float32_matmul_precision("high")  # TF32 on a card that has it; no effect on a CPU
@@ -88,7 +91,7 @@ def train_part(name: str, place: Workplace) -> None:
     logger.info("%s: %s", name, scores)
     about = {"part": name, "name": "miniature", "trained": True, "seed": place.seed, "scores": scores, "renderer": renderer_version()}
     about |= {"commit": commit, "length": place.length, "device": _device_name(place)}
-    if place.start is not None and name in GO_ON:
+    if place.start is not None:
         before = artifacts.read_json(place.start / part.card)
         card["steps"] += before["steps"]
         about["goes_on_from"] = {"commit": before["commit"], "steps": before["steps"]}

@@ -65,8 +65,8 @@ class Stage2Run:
         key = CacheKey.of(config, prepared, texture_encoder_path(config))
         prompts = {row["prompt"] for row in prepared.rows()} | {"", NEUTRAL_PROMPT}
         with self.processes.first_one_first():
-            self.prompts = build_prompts(config, prompts, key, device=self.device, dtype=_encoder_dtype(self.device))
-            self.vae = conditioning.load_vae(base, device=self.device, dtype=_encoder_dtype(self.device))
+            self.prompts = build_prompts(config, prompts, key, device=self.device, dtype=conditioning.encoder_dtype(self.device))
+            self.vae = conditioning.load_vae(base, device=self.device, dtype=conditioning.encoder_dtype(self.device))
             self.splits = self._build_splits(prepared, key)
         self.schedule = scheduler_config(base)
         noising = NoiseSchedule(self.schedule)
@@ -270,10 +270,6 @@ class Stage2Run:
         )  # fmt: skip
         checkpoints.link(saved, LATEST)
         checkpoints.prune(folder, PREFIX, config.train.keep)
-
-
-def _encoder_dtype(device: torch.device) -> torch.dtype:
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def _differences(header: dict[str, Any], config: Config) -> str:

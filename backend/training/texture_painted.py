@@ -48,8 +48,8 @@ def painted_styles(config: Config, device: torch.device) -> dict[str, Path]:
     missing = [row for row in rows if not files[row["id"]].is_file()]
     if not missing:
         return files
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    vae = conditioning.load_vae(conditioning.inpainting_folder(config.paths.weights), device=device, dtype=dtype)
+    base = conditioning.inpainting_folder(config.paths.weights)
+    vae = conditioning.load_vae(base, device=device, dtype=conditioning.encoder_dtype(device))
     bar = console.Progress("hair after the autoencoder", len(missing), unit="photo")
     for start in range(0, len(missing), _TOGETHER):
         some = missing[start : start + _TOGETHER]

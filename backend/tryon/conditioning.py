@@ -111,6 +111,11 @@ class TextEncoders:
         return torch.cat(hidden, dim=-1), pooled
 
 
+def encoder_dtype(device: torch.device) -> torch.dtype:
+    """In which training runs the frozen encoders: bfloat16 on a card, float32 on a CPU."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 def load_vae(inpainting: Path, *, device: torch.device, dtype: torch.dtype) -> Any:
     """The VAE of a diffusers folder, frozen. Never plain fp16: SDXL's VAE overflows there (training_memory.md, section 3)."""
     from diffusers import AutoencoderKL
