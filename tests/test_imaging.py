@@ -290,14 +290,41 @@ def test_push_pull_keeps_the_known_and_fills_smoothly() -> None:
 
 
 def test_a_smoothed_face_has_no_detail_and_the_rest_is_kept() -> None:
-    image = _noise(128)
-    smooth = bald.smooth_face(image, FACE)
+    image, none = _noise(128), np.zeros((128, 128), np.uint8)
+    smooth = bald.smooth_face(image, FACE, none)
     changed = (smooth != image).any(axis=2)
     x0, y0, x1, y1 = (int(v) for v in FACE)
     outside = np.ones((128, 128), bool)
     outside[y0:y1, x0:x1] = False
     assert not changed[outside].any()
     assert smooth[60:70, 58:70].std() < image[60:70, 58:70].std() / 3
+
+
+def test_a_smoothed_face_has_the_skins_colour_whatever_hair_hangs_in_it() -> None:
+    skin, red = np.array([200, 150, 120]), np.array([230, 40, 20])
+    x0, y0, x1, y1 = (int(v) for v in FACE)
+    hair = np.zeros((128, 128), np.uint8)
+    hair[:y1, : (x0 + x1) // 2] = 255  # over half of the face
+    hair[: (y0 + y1) // 2] = 255
+    image = np.where(hair[..., None] > 0, red, skin).astype(np.uint8)
+    smooth = bald.smooth_face(image, FACE, hair)
+    inside = (smooth != image).any(axis=2)
+    assert inside.any() and np.abs(smooth[inside].astype(int) - skin).max() <= 2
+    covered = bald.smooth_face(
+        image, FACE, np.full((128, 128), 255, np.uint8)
+    )  # nothing but hair: no colour is known, and none is made up of it
+    assert np.abs(covered[inside].astype(int) - 127).max() <= 2
+
+
+def test_specks_of_a_parsed_hairstyle_go_and_its_parts_stay() -> None:
+    hair = np.zeros((100, 100), np.uint8)
+    hair[10:40, 20:60] = 255
+    hair[10:40, 70:80] = 255  # a curtain by itself, a quarter of the largest part
+    whole = hair.copy()
+    hair[90:93, 50:53] = 255  # a shirt's fold
+    assert np.array_equal(masks.without_specks(hair), whole)
+    assert np.array_equal(masks.without_specks(whole), whole)
+    assert not masks.without_specks(np.zeros((9, 9), np.uint8)).any()
 
 
 # ---- patches ----

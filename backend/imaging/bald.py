@@ -18,6 +18,7 @@ from backend.imaging.masks import any_coverage, grow, shrink
 Method = Literal["telea", "ns", "two_part"]
 
 WORK_SIDE = 256  # the fill is computed at this side at most, px
+FACE_BLUR = 0.2  # sigma that leaves a face without features, in its sizes
 STRAY_MARGIN = 0.012  # strays beside the mask are kept out of what the fill is made from, share of the side
 
 
@@ -95,10 +96,11 @@ def push_pull(image: NDArray[np.uint8], known: NDArray[np.uint8]) -> NDArray[np.
     return np.clip(filled, 0, 255).round().astype(np.uint8)
 
 
-def smooth_face(image: NDArray[np.uint8], face_box: Box) -> NDArray[np.uint8]:
-    """The crop with its face made a smooth gradient, as the released training photos have it inside ``polygon2`` (DESIGN 5.4).
+def smooth_face(image: NDArray[np.uint8], face_box: Box, hair: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The crop with its face made a smooth gradient of its own skin, as the released training photos have it inside ``polygon2`` (DESIGN 5.4).
 
-    image: (S, S, 3) uint8 RGB; face_box in its pixels. Outside an ellipse in the box every pixel is kept.
+    image: (S, S, 3) uint8 RGB; face_box in its pixels; hair: (S, S) uint8 0/255. Hair gives no colour, in the face or around it: the bald
+    image takes the skull's from this skin. Outside an ellipse in the box every pixel is kept.
     """
     side = image.shape[0]
     x0, y0, x1, y1 = face_box
@@ -107,5 +109,10 @@ def smooth_face(image: NDArray[np.uint8], face_box: Box) -> NDArray[np.uint8]:
     cv2.ellipse(face, centre, (max(1, round(0.40 * (x1 - x0))), max(1, round(0.40 * (y1 - y0)))), 0, 0, 360, 255, -1)
     work = min(side, WORK_SIDE)
     small = cv2.resize(image, (work, work), interpolation=cv2.INTER_AREA)
-    fill = push_pull(small, np.where(any_coverage(face, work) > 0, 0, 255).astype(np.uint8))
+    bare = grow(any_coverage(hair, work), STRAY_MARGIN * work) == 0
+    skin = np.where((any_coverage(face, work) > 0) & bare, 255, 0).astype(np.uint8)
+    if not skin.any():  # the hair covers it all: what is left is what lies around
+        skin = np.where((any_coverage(face, work) == 0) & bare, 255, 0).astype(np.uint8)
+    sigma = FACE_BLUR * max(x1 - x0, y1 - y0) * work / side
+    fill = cv2.GaussianBlur(push_pull(small, skin), (0, 0), max(sigma, 0.5))
     return np.where(face[..., None] > 0, cv2.resize(fill, (side, side), interpolation=cv2.INTER_CUBIC), image).astype(np.uint8, copy=False)

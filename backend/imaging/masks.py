@@ -47,6 +47,23 @@ def shrink(mask: NDArray[np.uint8], radius: float) -> NDArray[np.uint8]:
     return cv2.erode(mask, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (size, size))).astype(np.uint8, copy=False)
 
 
+SPECKS = 0.05  # share of the largest part's area below which a part of a parsed hairstyle is taken for an error
+
+
+def without_specks(hair: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """A parser's hair mask (H, W) uint8 0/255 without the parts that are far smaller than the largest one.
+
+    A shirt's fold taken for hair below a short haircut made the whole style seem long and thin (docs/method.md). For hair that is to be
+    replaced they are kept: a strand by itself must go too.
+    """
+    count, numbered, stats, _ = cv2.connectedComponentsWithStats(hair, connectivity=8)
+    if count <= 2:
+        return hair
+    areas = stats[1:, cv2.CC_STAT_AREA]
+    large = np.r_[False, areas >= SPECKS * areas.max()]
+    return np.where(large[numbered], 255, 0).astype(np.uint8)
+
+
 def any_coverage(mask: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
     """A square mask at another side, (side, side) uint8 0/255: a pixel is set where any part of it was."""
     if mask.shape[0] == side:

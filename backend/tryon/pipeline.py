@@ -98,10 +98,11 @@ class TryOn:
         face = self._target_face(request.target, request.face)
         head = self._head(request.target, face)
         assert head.face_box is not None
-        photo = bald.smooth_face(head.photo, head.face_box) if self.config.app.smooth_face else head.photo
+        hair = crop.resize(head.hair, self._resolution)
+        photo = bald.smooth_face(head.photo, head.face_box, hair) if self.config.app.smooth_face else head.photo
         entered = head_input(
             photo,
-            crop.resize(head.hair, self._resolution),
+            hair,
             head.face_box,
             method=self.config.data.bald,
             landmarks=head.square.scaled(face.landmarks, self._resolution),
@@ -136,7 +137,6 @@ class TryOn:
             "guidance": guidance,
             "few_step": self.header["sampling"]["few_step"],
             "seconds": round(time.monotonic() - start, 3),
-            "face_box": [round(v, 1) for v in face.box],
             "changed_share": round(float((pasted.mask > 0).mean()), 4),
         }
         return TryOnResult(pasted.image, pasted.mask, info)
@@ -158,13 +158,14 @@ class TryOn:
         """The reference's hair as Stage 1 sees it. A reference from behind has no face and is taken as it is. Raises TryOnError."""
         faces = self._faces.detect(reference)
         head = self._head(reference, faces[0] if faces else None)
-        if float((head.hair > 0).mean()) < MIN_HAIR:
+        hair = masks.without_specks(head.hair)
+        if float((hair > 0).mean()) < MIN_HAIR:
             raise TryOnError(
                 "no hair was found in the reference photo",
                 hint="choose a photo that shows the hairstyle larger and clearer",
                 code="no_hair",
             )
-        return patches.style_picture(head.native, head.hair)
+        return patches.style_picture(head.native, hair)
 
     def _target_face(self, image: NDArray[np.uint8], chosen: int | None) -> DetectedFace:
         faces = self._faces.detect(image)
@@ -197,7 +198,7 @@ class TryOn:
             (0.0, 0.0, float(width), float(height)) if face is None else None, face.box if face else None, (width, height)
         )
         hair = self._parser.hair(crop.crop_square(image, square))
-        found = crop.mask_box(hair)
+        found = crop.mask_box(masks.without_specks(hair))
         if found is not None:
             hair_box = (found[0] + square.x0, found[1] + square.y0, found[2] + square.x0, found[3] + square.y0)
             clipped = (max(hair_box[0], 0.0), max(hair_box[1], 0.0), min(hair_box[2], float(width)), min(hair_box[3], float(height)))
