@@ -33,7 +33,6 @@ from backend.config import Config, load_config
 from backend.imaging import crop
 from backend.imaging.decode import decode_upload
 from backend.training import figures, pairs
-from backend.training.keyed import key
 from backend.training.measuring import Instruments
 from backend.training.models.bundle import load_bundle
 from backend.training.painting import Scene, SceneReader, ThreadedMap, View
@@ -52,8 +51,7 @@ def over_http(client: httpx.Client, config: Config, pair: pairs.Pair) -> tuple[b
         name: (config.data.images / row["image"]).read_bytes() for name, row in (("target", pair.target), ("reference", pair.reference))
     }
     settings = config.evaluate
-    seed = key(settings.seed, "picture/" + pair.target["id"]) % 2**32
-    fields = {"seed": str(seed), "steps": str(settings.steps), "guidance": str(settings.guidance)}
+    fields = {"seed": str(pairs.picture_seed(pair, settings.seed)), "steps": str(settings.steps), "guidance": str(settings.guidance)}
     place = str(client.post("/api/v1/jobs", files=photos, data=fields).raise_for_status().headers["location"])
     with client.stream("GET", f"{place}/events") as stream:  # ends with the job
         for _ in stream.iter_lines():

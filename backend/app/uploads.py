@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeAlias, TypeVar
 
 import anyio
@@ -15,15 +16,15 @@ from fastapi import Request
 from numpy.typing import NDArray
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, field_validator
 from starlette.datastructures import FormData, UploadFile
-from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from backend.app.problems import Problem
 from backend.config import AppConfig
 from backend.errors import DeepHairError
-from backend.imaging.decode import decode_mask, decode_upload, encode_png
+from backend.imaging.decode import Photo, decode_mask, decode_portrait, decode_reference, decode_upload, encode_png
 from backend.training.data_processing.prompts import choices
-from backend.tryon.values import Mode, check_mask
+from backend.tryon.values import SEEDS, Mode, check_mask
 
 TARGET_FILE, REFERENCE_FILE, BRUSH_FILE = "target.png", "reference.png", "brush.png"  # what came
 RESULT_FILE, MASK_FILE = "result.png", "mask.png"  # what was made
@@ -72,7 +73,7 @@ class JobOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     prompt: str | None = Field(None, max_length=MAX_PROMPT, description="The hairstyle in words")
-    seed: int = Field(0, ge=0, le=2**32 - 1, description="The same seed gives the same picture")
+    seed: int = Field(0, ge=0, le=SEEDS - 1, description="The same seed gives the same picture")
     steps: int | None = Field(None, ge=1, le=200, description="Sampling steps; the server's own number when absent")
     guidance: float | None = Field(None, ge=1, le=20, description="How closely the reference and words are followed")
     face: int | None = Field(None, ge=0, le=99, description="Which face, as numbered by /api/v1/preview")
@@ -112,21 +113,32 @@ async def read_form(
     if kind != "multipart/form-data":
         raise Problem("not_multipart", f"The content type is '{kind[:80]}'.", hint="send the photos as multipart/form-data")
     try:
-        async with request.form(
-            max_files=len(files), max_fields=len(options.model_fields) + len(files), max_part_size=MAX_FIELD_BYTES
-        ) as form:
+        async with _parsed(request, settings, len(files), len(options.model_fields) + len(files)) as form:
             _refuse_wrong_parts(form, files, options)
             received = {name: await _file_bytes(form, name, settings) for name in files}
             fields = {name: value for name, value in form.multi_items() if isinstance(value, str) and value.strip() and name not in files}
-    except HTTPException as error:
-        code = "upload_too_large" if "maximum size" in error.detail else "malformed_request"
-        raise Problem(code, error.detail, hint="see /api/v1/openapi.json for the fields") from error
+    except MultiPartException as error:
+        code = "upload_too_large" if "maximum size" in error.message else "malformed_request"
+        raise Problem(code, error.message, hint="see /api/v1/openapi.json for the fields") from error
     try:
         return {name: content for name, content in received.items() if content is not None}, options.model_validate(fields)
     except ValidationError as error:
         errors = [{"field": ".".join(map(str, item["loc"])), "message": item["msg"]} for item in error.errors()]
         detail = "; ".join(f"{item['field']}: {item['message']}" for item in errors)
         raise Problem("invalid_form", detail, errors=errors) from error
+
+
+@contextlib.asynccontextmanager
+async def _parsed(request: Request, settings: AppConfig, max_files: int, max_fields: int) -> AsyncIterator[FormData]:
+    """The body's parts, all of them in memory: ``request.form`` would write a photo of more than 1 MiB to a file in /tmp."""
+    async with contextlib.aclosing(request.stream()) as stream:
+        parser = MultiPartParser(request.headers, stream, max_files=max_files, max_fields=max_fields, max_part_size=MAX_FIELD_BYTES)
+        parser.spool_max_size = max_body_bytes(settings)  # no part is larger; ``BodyLimit`` has seen to that
+        form = await parser.parse()
+    try:
+        yield form
+    finally:
+        await form.close()
 
 
 def _refuse_wrong_parts(form: FormData, files: tuple[str, ...], options: type[BaseModel]) -> None:
@@ -177,8 +189,12 @@ class Decoder:
         return await self._in_thread(_decode, data, self._max_pixels)
 
     async def as_png(self, data: bytes) -> Kept:
-        """The picture as a PNG of our own, without metadata."""
+        """The portrait as a PNG of our own, without metadata but with its colour profile (``decode_portrait``)."""
         return await self._in_thread(_as_png, data, self._max_pixels)
+
+    async def reference_as_png(self, data: bytes) -> Kept:
+        """The reference as a PNG of our own, in sRGB and without metadata (``decode_reference``)."""
+        return await self._in_thread(_reference_as_png, data, self._max_pixels)
 
     async def mask_as_png(self, data: bytes, target: Kept) -> bytes:
         """A painted mask as an 8-bit PNG of 0 and 255. Raises Problem mask_size or empty_mask where it is none for ``target``."""
@@ -198,14 +214,28 @@ def _decode(data: bytes, max_pixels: int) -> Pixels:
 
 
 def _as_png(data: bytes, max_pixels: int) -> Kept:
-    image = _decode(data, max_pixels)
-    return Kept(_for_the_worker(image), *image.shape[:2])
+    try:
+        return _kept(decode_portrait(data, max_pixels=max_pixels))
+    except DeepHairError as error:
+        raise Problem.of(error) from error
 
 
-def _for_the_worker(image: Pixels) -> bytes:
+def _reference_as_png(data: bytes, max_pixels: int) -> Kept:
+    try:
+        return _kept(Photo(decode_reference(data, max_pixels=max_pixels), None))
+    except DeepHairError as error:
+        raise Problem.of(error) from error
+
+
+def _kept(photo: Photo) -> Kept:
+    return Kept(_for_the_worker(photo.pixels, photo.profile), *photo.pixels.shape[:2])
+
+
+def _for_the_worker(image: Pixels, profile: bytes | None = None) -> bytes:
     """A PNG that only the worker reads, minutes later at most: without compression, which would cost more than all else that the service does
     to a photo. Large ones are compressed, so that the most a full queue can hold stays what it was."""
-    return encode_png(image, compression=0) if image.nbytes <= PLAIN_BYTES else encode_png(image, quick=True)
+    plain = image.nbytes <= PLAIN_BYTES
+    return encode_png(image, compression=0, profile=profile) if plain else encode_png(image, quick=True, profile=profile)
 
 
 def _mask_as_png(data: bytes, max_pixels: int, target: Kept) -> bytes:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,7 @@ from backend.training import baselines, figures, metrics, pairs
 from backend.training.data_processing.prompts import NEUTRAL_PROMPT
 from backend.training.figures import Record
 from backend.training.measuring import Instruments
-from backend.training.painting import Scene, ScenePainter, SceneReader, ThreadedMap, View
+from backend.training.painting import PaintedStore, Scene, ScenePainter, SceneReader, ThreadedMap, View
 from backend.training.prepared import Prepared
 from backend.tryon.painter import Painter, device_and_dtype
 from backend.tryon.segmentation import HairParser
@@ -77,9 +77,12 @@ class Evaluation:
 
 
 class Evaluator:
-    """Paints pairs with one painter and measures them, beside the baselines and, where it is given, the deployed model."""
+    """Paints pairs with one painter and measures them, beside the baselines and, where it is given, the deployed model.
 
-    def __init__(self, config: Config, painter: Painter) -> None:
+    stores: where the pictures of "ours" and of the "deployed" model outlive a stopped run; nowhere where there is none.
+    """
+
+    def __init__(self, config: Config, painter: Painter, stores: Mapping[str, PaintedStore] | None = None) -> None:
         self.config = config
         settings = config.evaluate
         self._each = ThreadedMap(settings.workers)
@@ -89,7 +92,8 @@ class Evaluator:
         self._stored = pairs.stored(self.pairs, settings, prepared.digest)
         self._parser = HairParser(config.paths.weights, device=device_and_dtype(config)[0])
         self._reader = SceneReader(config, prepared, self._each)
-        self._ours = ScenePainter(config, painter, self._parser, self._reader)
+        self._stores = stores or {}
+        self._ours = ScenePainter(config, painter, self._parser, self._reader, self._stores.get("ours"))
         self._instruments = Instruments(config, prepared, painter.texture_encoder, self._each)
         self._changes: list[tuple[float, str]] = []
         self._outside = 0
@@ -107,7 +111,7 @@ class Evaluator:
         }
         if deployed is not None:
             self._ours.painter.sampler.model.cpu()  # a card with 12 GB holds one such network at a time
-            theirs = ScenePainter(self.config, deployed(), self._parser, self._reader)
+            theirs = ScenePainter(self.config, deployed(), self._parser, self._reader, self._stores.get("deployed"))
             self._measure_deployed(theirs, records, progress)
             theirs.painter.sampler.model.cpu()
             self._ours.painter.sampler.model.to(device_and_dtype(self.config)[0])

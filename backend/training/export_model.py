@@ -14,8 +14,11 @@ if __name__ == "__main__" and not __package__:  # run as a file: the checkout mu
     raise SystemExit(importlib.import_module("backend.training.export_model").main())
 
 import argparse
+import contextlib
 import hashlib
+import json
 import logging
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +32,7 @@ from backend.training.stage2_files import PREFIX, require_texture_encoder, textu
 
 if TYPE_CHECKING:
     from backend.training.evaluate import Evaluation
+    from backend.training.painting import PaintedStore
 
 logger = logging.getLogger(__name__)
 
@@ -110,27 +114,73 @@ def evaluate_verb(arguments: console.StageArguments) -> int:
     from backend.training.gate import decide
 
     config = arguments.config
-    painter, name = _painter_to_measure(config)
+    painter, name, digest = _painter_to_measure(config)
     if arguments.dry_run:
         console.print_result({"model": name, "split": config.evaluate.split, "samples": config.evaluate.samples})
         return console.DONE
-    evaluation = Evaluator(config, painter).run()
+    with _memory(config):
+        evaluation = Evaluator(config, painter, _stores(config, digest)).run()
     found = {"model": name, "evaluation": evaluation.figures, "gate": decide(evaluation.figures, config.gate)}
     folder = config.paths.report / "evaluate"
-    _write_pairs(folder, evaluation)
+    _write_pairs(folder, evaluation, config)
     artifacts.write_json(folder / "evaluation.json", found)
+    _forget_painted(config)
     console.print_result(found)
     return console.DONE
 
 
-def _write_pairs(folder: Path, evaluation: Evaluation) -> None:
+def _memory(config: Config) -> contextlib.AbstractContextManager[None]:
+    """The bound on a card's memory while Stage 3 paints."""
+    from backend.training.device_memory import bounded
+    from backend.tryon.painter import device_and_dtype
+
+    return bounded(
+        device_and_dtype(config)[0], config.train.memory_fraction, what=f"measuring {config.evaluate.batch_size} pairs at a time",
+        hint="try evaluate.batch_size=1, then sample.offload=true; what was painted so far is kept for the next run",
+    )  # fmt: skip
+
+
+def _stores(config: Config, model: str) -> dict[str, PaintedStore]:
+    """Where the pictures of this model, with these settings and this code, are kept until the report is written; others' are removed.
+
+    model: the digest of what paints.
+    """
+    from backend.training.painting import PaintedStore
+
+    folder = _painted_folder(config)
+    shared = [
+        config.digest("evaluate", "sample", "data"), artifacts.sha256_file(config.paths.processed / "metadata.jsonl"),
+        sorted(weights.describe(config.paths.weights).items()), results.environment(config)["git_commit"],
+    ]  # fmt: skip
+    deployed = artifacts.sha256_file(config.paths.bundle) if config.paths.bundle.is_file() else ""
+    names = {
+        who: hashlib.sha256(json.dumps([*shared, digest]).encode()).hexdigest()[:32]
+        for who, digest in (("ours", model), ("deployed", deployed))
+    }
+    for other in folder.glob("*"):
+        if other.name not in names.values():
+            PaintedStore(other).clear()
+    return {who: PaintedStore(folder / name) for who, name in names.items()}
+
+
+def _painted_folder(config: Config) -> Path:
+    return config.paths.report / "painted"
+
+
+def _forget_painted(config: Config) -> None:
+    """Once the figures are written the pictures have served."""
+    shutil.rmtree(_painted_folder(config), ignore_errors=True)
+
+
+def _write_pairs(folder: Path, evaluation: Evaluation, config: Config) -> None:
     from backend.training.figures import as_json
 
     artifacts.write_json(folder / "pairs.json", evaluation.pairs)
-    artifacts.write_json(folder / "samples.json", {kind: as_json(records) for kind, records in evaluation.records.items()})
+    artifacts.write_json(folder / "samples.json", {kind: as_json(records, config.evaluate) for kind, records in evaluation.records.items()})
 
 
-def _painter_to_measure(config: Config) -> tuple[Any, str]:
+def _painter_to_measure(config: Config) -> tuple[Any, str, str]:
+    """The painter of what ``evaluate`` measures, its file's name and the digest of its weights."""
     from backend.training.models.bundle import load_bundle
     from backend.training.models.texture_encoder import load_texture_encoder
     from backend.tryon.painter import Painter
@@ -140,11 +190,11 @@ def _painter_to_measure(config: Config) -> tuple[Any, str]:
         _check_inputs(config)
         if wrong := candidate.other_set(config, checkpoint):
             logger.warning("%s", wrong)
-        return Painter(
-            candidate.rebuilt(checkpoint), load_texture_encoder(texture_encoder_path(config)), config
-        ), checkpoint.weights_path.name
+        painter = Painter(candidate.rebuilt(checkpoint), load_texture_encoder(texture_encoder_path(config)), config)
+        return painter, checkpoint.weights_path.name, _model_digest(config)
     if config.paths.bundle.is_file():
-        return Painter.of_bundle(load_bundle(config.paths.bundle, config.paths.weights), config), config.paths.bundle.name
+        bundle = load_bundle(config.paths.bundle, config.paths.weights)
+        return Painter.of_bundle(bundle, config), config.paths.bundle.name, bundle.sha256
     raise MissingInputError(
         f"neither a checkpoint in {config.paths.checkpoints} nor a deployed model at {config.paths.bundle}",
         hint="run 'deephair train' first",
@@ -178,7 +228,8 @@ def export(config: Config, *, resume: bool = True) -> dict[str, Any]:
     if summary is None:
         with artifacts.folder_lock(config.paths.models):
             artifacts.remove_stale_temporaries(config.paths.models)
-            summary = _export(config, digest)
+            with _memory(config):
+                summary = _export(config, digest)
     else:
         logger.info("Stage 3 is complete for this checkpoint; nothing to do")
     gate = summary["gate"]
@@ -209,13 +260,17 @@ def _require_checkpoint(config: Config) -> None:
 def _run_digest(config: Config) -> str:
     """What the summary depends on: the checkpoint, the encoder, the data, the other weights and the settings of this stage."""
     parts = (
-        checkpoints.weights_sha256(newest_checkpoint(config)),
-        artifacts.sha256_file(texture_encoder_path(config)),
+        _model_digest(config),
         artifacts.sha256_file(config.paths.processed / "metadata.jsonl"),
         config.digest("evaluate", "gate", "sample", "data"),
         str(sorted(weights.describe(config.paths.weights).items())),
     )
     return hashlib.sha256("/".join(parts).encode()).hexdigest()
+
+
+def _model_digest(config: Config) -> str:
+    """Of the newest checkpoint and the Stage 1 encoder beside it."""
+    return f"{checkpoints.weights_sha256(newest_checkpoint(config))}/{artifacts.sha256_file(texture_encoder_path(config))}"
 
 
 def _finished(config: Config, digest: str) -> dict[str, Any] | None:
@@ -232,8 +287,7 @@ def _finished(config: Config, digest: str) -> dict[str, Any] | None:
 
 
 def _export(config: Config, digest: str) -> dict[str, Any]:
-    from backend.training import export_report  # late, like all that needs torch
-    from backend.training.deploy import deploy
+    from backend.training.deploy import deploy  # late, like all that needs torch
     from backend.training.evaluate import Evaluator
     from backend.training.gate import decide
     from backend.training.models.bundle import check_networks, load_bundle, write_bundle
@@ -259,7 +313,7 @@ def _export(config: Config, digest: str) -> dict[str, Any]:
     contents = candidate.contents(config, checkpoint, model, encoder)  # as trained; the painter computes in the device's precision
     painter = Painter(model, encoder, config)
     deployed_before, why_not = candidate.deployed_model(config, contents.networks["content_sha256"])
-    evaluation = Evaluator(config, painter).run(deployed_before)
+    evaluation = Evaluator(config, painter, _stores(config, _model_digest(config))).run(deployed_before)
     if why_not:
         evaluation.figures["deployed_not_compared"] = why_not
     gate = decide(evaluation.figures, config.gate)
@@ -285,11 +339,18 @@ def _export(config: Config, digest: str) -> dict[str, Any]:
         "run": digest, "stages": stages, "evaluation": evaluation.figures, "gate": gate, "deployed": deployed, "environment": environment,
         "checkpoint": checkpoint.weights_path.name, "config": config.name,
     }  # fmt: skip
+    _write_report(config, summary, evaluation)
+    return summary
+
+
+def _write_report(config: Config, summary: dict[str, Any], evaluation: Evaluation) -> None:
+    from backend.training import export_report  # late: torch
+
     artifacts.write_json(config.paths.report / "config.json", config.resolved())
-    _write_pairs(config.paths.report, evaluation)
+    _write_pairs(config.paths.report, evaluation, config)
     export_report.write(config, summary, evaluation)
     artifacts.write_json(config.paths.report / "summary.json", summary)  # last: it says that the rest is there
-    return summary
+    _forget_painted(config)
 
 
 def _texture_result(config: Config) -> dict[str, Any]:

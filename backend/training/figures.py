@@ -8,7 +8,7 @@ from typing import Any
 
 from backend.config import EvaluateConfig
 from backend.training import metrics
-from backend.training.pairs import Pair, slices_of
+from backend.training.pairs import Pair, picture_seed, slices_of
 
 
 @dataclass(frozen=True)
@@ -98,13 +98,14 @@ def sliced(records: Sequence[Record], names: Sequence[str], settings: EvaluateCo
     return found
 
 
-def as_json(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """The records for ``samples.json``: everything that the means are made of."""
+def as_json(records: Sequence[Record], settings: EvaluateConfig) -> list[dict[str, Any]]:
+    """The records for ``samples.json``: everything that the means are made of, and the seed that made each picture."""
     return [
         {
             "target": r.pair.target["id"],
             "reference": r.pair.reference["id"],
             "head": r.pair.head,
+            "seed": picture_seed(r.pair, settings.seed),
             "slices": slices_of(r.pair),
             "figures": r.values,
         }

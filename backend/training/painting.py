@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from backend import artifacts
 from backend.config import Config
 from backend.errors import InvalidArtifactError
 from backend.imaging import composite, crop, masks
-from backend.imaging.decode import read_png
+from backend.imaging.decode import read_png, write_png
 from backend.machine import cores
-from backend.training.keyed import key
-from backend.training.pairs import Pair, Row
+from backend.training.pairs import Pair, Row, picture_seed
 from backend.training.prepared import Prepared, Sample
 from backend.tryon import conditioning
 from backend.tryon.painter import Painter, PaintRequest
@@ -93,35 +97,63 @@ class SceneReader:
         return read_png(self.prepared.folder / row["files"]["style"])
 
 
-class ScenePainter:
-    """Paints and pastes back scenes with one model."""
+class PaintedStore:
+    """Painted head crops on disk, so that a measurement of hours that was stopped, or failed after it, goes on where it was.
 
-    def __init__(self, config: Config, painter: Painter, parser: HairParser, reader: SceneReader) -> None:
-        self._config, self.painter, self._parser, self._reader = config, painter, parser, reader
+    One PNG per request and, where the model made no picture, a file with the error's code. ``folder`` must be one per model and settings.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def get(self, requests: Sequence[str]) -> list[tuple[Picture, str]] | None:
+        """Pictures (S, S, 3) with their errors' codes; None where one is missing, since a smaller batch would be painted with other bits."""
+        found = [self._folder / f"{name}.png" for name in requests]
+        if not all(path.is_file() for path in found):
+            return None
+        return [(read_png(path), artifacts.read_json(path.with_suffix(".json"))["failed"]) for path in found]
+
+    def put(self, request: str, picture: Picture, failed: str) -> None:
+        """Keeps a picture; the PNG comes last and says that both files are there."""
+        artifacts.write_json(self._folder / f"{request}.json", {"failed": failed})
+        write_png(self._folder / f"{request}.png", picture, compression=1)
+
+    def clear(self) -> None:
+        """Removes everything; the report has what counts."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class ScenePainter:
+    """Paints and pastes back scenes with one model; what ``store`` holds is not painted again."""
+
+    def __init__(
+        self, config: Config, painter: Painter, parser: HairParser, reader: SceneReader, store: PaintedStore | None = None
+    ) -> None:
+        self._config, self.painter, self._parser, self._reader, self._store = config, painter, parser, reader, store
 
     def __call__(self, scenes: Sequence[Scene], references: Sequence[Row] | None, prompt: str | None) -> list[View]:
         """One view per scene. references: whose hair each gets, None: no style and no identity. prompt None: the target's own."""
         settings = self._config.evaluate
+        others = ["" if references is None else str(references[number]["id"]) for number in range(len(scenes))]
+        names = [request_name(scene, other, prompt) for scene, other in zip(scenes, others, strict=True)]
+        if self._store is not None and (known := self._store.get(names)) is not None:
+            return [self.as_result(scene, *found) for scene, found in zip(scenes, known, strict=True)]
         requests = [
             PaintRequest(
                 head=scene.head,
                 style=self._reader.style(references[number]) if references is not None else None,
                 identity=scene.target.identity if references is not None else None,
                 prompt=scene.target.prompt if prompt is None else prompt,
-                seed=key(settings.seed, "picture/" + scene.target.id),
+                seed=picture_seed(scene.pair, settings.seed),
             )
             for number, scene in enumerate(scenes)
         ]
         painted = self.painter.paint(requests, steps=settings.steps, guidance=settings.guidance)
-        return [self._pasted(scene, image) for scene, image in zip(scenes, painted, strict=True)]
-
-    def _pasted(self, scene: Scene, image: torch.Tensor) -> View:
-        failed = ""
-        try:
-            picture = checked_output(image[None], scene.head.region)
-        except TryOnError as error:  # counted as a failure; what there is of a picture is measured like any other
-            failed, picture = error.code, conditioning.to_pictures(image[None])[0]
-        return self.as_result(scene, picture, failed)
+        found = [_checked(scene, image) for scene, image in zip(scenes, painted, strict=True)]
+        if self._store is not None:
+            for name, (picture, failed) in zip(names, found, strict=True):
+                self._store.put(name, picture, failed)
+        return [self.as_result(scene, picture, failed) for scene, (picture, failed) in zip(scenes, found, strict=True)]
 
     def as_result(self, scene: Scene, picture: Picture, failed: str = "") -> View:
         """A head crop (S, S, 3) as if the model had painted it: pasted back where hair was or has come, and its hair found."""
@@ -142,3 +174,16 @@ class ScenePainter:
                 mean, _ = conditioning.encode_latents(vae, conditioning.to_tensor([photo]))
                 decoded += conditioning.to_pictures(conditioning.decode_latents(vae, mean))
         return decoded
+
+
+def request_name(scene: Scene, reference: str, prompt: str | None) -> str:
+    """What tells one painting of a scene from the others by the same model and settings: whose hair it gets and the words."""
+    return hashlib.sha256(json.dumps([scene.target.id, reference, prompt]).encode()).hexdigest()[:32]
+
+
+def _checked(scene: Scene, image: torch.Tensor) -> tuple[Picture, str]:
+    """A painted crop (3, S, S) as a picture, and why it is none. It counts as a failure then; what there is of it is measured like any other."""
+    try:
+        return checked_output(image[None], scene.head.region), ""
+    except TryOnError as error:
+        return conditioning.to_pictures(image[None])[0], error.code

@@ -14,8 +14,9 @@ from typing import Any
 from backend import artifacts
 from backend.config import EvaluateConfig
 from backend.errors import InvalidArtifactError, MissingInputError
-from backend.training.keyed import numpy_generator
+from backend.training.keyed import key, numpy_generator
 from backend.training.prepared import reference_candidates
+from backend.tryon.values import SEEDS
 
 Row = dict[str, Any]
 FRONTAL = 60.0  # degrees of yaw: what serving accepts as a target
@@ -63,6 +64,11 @@ class Pair:
     def head(self) -> str:
         """Whose head is changed: what the intervals resample."""
         return str(self.target["group"])
+
+
+def picture_seed(pair: Pair, seed: int) -> int:
+    """The seed of a pair's pictures, one that a try-on takes: whoever gives it to the app gets the noise of the report's picture."""
+    return key(seed, "picture/" + str(pair.target["id"])) % SEEDS
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from backend.training.data_processing.prompts import NEUTRAL_PROMPT, prompt_from
 
 Mode = Literal["full", "colour", "shape"]
 
+SEEDS = 2**32  # a job's seed is below this; the evaluation draws no others, so that each of its pictures can be asked for
+
 
 class Cancelled(Exception):
     """The caller asked to stop; nothing was produced."""
@@ -33,7 +35,8 @@ class TryOnRequest:
 
     face: index into the preview's faces. mask: (H, W) uint8 of the target's size, zero where nothing may change; it replaces the
     automatic edit region. mode: ``full`` takes the wanted hair whole, ``colour`` only its colour, ``shape`` all but its colour
-    (``finishing``). strength: 0..1, see ``sampling.sample``. length, curl, color, bangs: keys of ``prompts.choices()``.
+    (``finishing``). strength: 0..1, see ``sampling.sample``. length, curl, color, bangs: keys of ``prompts.choices()``. profile: the ICC profile
+    of target's numbers, which is the result's, too; None for sRGB. reference is sRGB.
     """
 
     target: NDArray[np.uint8]
@@ -50,6 +53,7 @@ class TryOnRequest:
     curl: str | None = None
     color: str | None = None
     bangs: str | None = None
+    profile: bytes | None = None
 
     def words(self) -> str:
         """The whole prompt: the attributes in Stage 0's own phrases, then the free words. Raises UsageError for an unknown attribute."""
