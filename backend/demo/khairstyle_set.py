@@ -98,8 +98,7 @@ def write_khairstyle(
     One head more is filed as two neighbouring sources with different hair (A/B styling). With ``oddities`` the known kinds of dirt lie
     among them. progress(done, total) is called after each photo.
     """
-    sources = [*_sources(heads, seed), *_ab_pair(heads, seed)]
-    shots = [shot for number, source in enumerate(sources) for shot in _shots(source, number, views, size, seed)]
+    shots = planned(heads, views, size, seed)
     truth: dict[str, Any] = {}
     workers = cores()
     # a head goes to one worker as a whole, which grows its hair once for all views
@@ -109,13 +108,13 @@ def write_khairstyle(
         for done, (shot, (photo, label)) in enumerate(zip(shots, pool.map(shoot, shots, chunksize=views), strict=True), 1):
             suffix = ".JPG" if oddities and done % 23 == 5 else ".jpeg" if oddities and done % 31 == 7 else ".jpg"
             _file(images, labels, shot, photo, label, suffix)
-            hair = shot.source.before if shot.phase == "before" and shot.source.before else shot.source.hair
+            hair = hair_of(shot)
             truth[shot.stem] = {"identity": shot.source.identity_seed, "curl": hair.curl, "volume": hair.volume, "colour": hair.colour,
                                 "length": hair.length, "yaw": shot.yaw, "phase": shot.phase, "intact": shot.source.intact}  # fmt: skip
             if progress is not None:
                 progress(done, len(shots))
     odd = _write_oddities(images, labels, shots[0], shots[views]) if oddities else {}
-    return {"photos": len(shots), "sources": len(sources), "odd": odd, "truth": truth}
+    return {"photos": len(shots), "sources": len({shot.source.name for shot in shots}), "odd": odd, "truth": truth}
 
 
 # ---- who is photographed ----
@@ -165,13 +164,23 @@ def _shots(source: Source, number: int, views: int, size: int, seed: int) -> Ite
         yield Shot(source, view + 1, yaw, "high" if (view + number) % 3 == 2 else "mid", phase, size)
 
 
+def planned(heads: int, views: int, size: int, seed: int) -> list[Shot]:
+    """Every photo of a set, head by head."""
+    sources = [*_sources(heads, seed), *_ab_pair(heads, seed)]
+    return [shot for number, source in enumerate(sources) for shot in _shots(source, number, views, size, seed)]
+
+
 # ---- one photo ----
+
+
+def hair_of(shot: Shot) -> Hairstyle:
+    """The hairstyle that a photo shows: the former one on photos from before the cut."""
+    return shot.source.before if shot.phase == "before" and shot.source.before else shot.source.hair
 
 
 def shoot(shot: Shot) -> tuple[bytes, dict[str, Any]]:
     """Renders a photo and writes its label: JPEG bytes and the flat JSON object."""
-    source = shot.source
-    hair = source.before if shot.phase == "before" and source.before else source.hair
+    source, hair = shot.source, hair_of(shot)
     scene = sample_scene(np.random.default_rng([source.scene_seed, 11]), camera=shot.camera)
     scene = replace(scene, shift=float(np.random.default_rng([source.scene_seed, shot.view]).uniform(-0.03, 0.03)))
     portrait = render(sample_identity(source.identity_seed), hair, scene, shot.yaw, shot.size, source.identity_seed)
