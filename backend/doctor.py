@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 import tomllib
 from collections.abc import Callable, Iterator
@@ -156,6 +157,7 @@ def torch_lines(config: Config, torch: dict[str, Any]) -> Iterator[Line]:
         yield Line("card", "missing" if config.device == "cuda" else "warning", says, mend)
     else:
         yield _card_line(config.train.preset, torch)
+        yield compiler_line()
 
 
 def _card_line(preset: str, torch: dict[str, Any]) -> Line:
@@ -171,6 +173,17 @@ def _card_line(preset: str, torch: dict[str, Any]) -> Line:
     if not torch["bf16"]:
         return Line("card", "warning", f"{says}; no bfloat16", "expect slow training: a card of the RTX 30 series or newer has it")
     return Line("card", "ok", says)
+
+
+def compiler_line() -> Line:
+    """What Triton builds its part of the driver with: a C compiler and Python's headers."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    headers = Path(sysconfig.get_path("include")) / "Python.h"
+    lacking = [name for name, there in (("a C compiler", compiler), ("Python's headers", headers.is_file())) if not there]
+    if lacking:
+        says = f"no {' and no '.join(lacking)}: Triton cannot build the optimizer's kernels, without which training is slower"
+        return Line("compiler", "warning", says, "sudo apt install gcc python3-dev")
+    return Line("compiler", "ok", f"{compiler}, with Python's headers")
 
 
 def disk_line(config: Config, photos: int) -> Line:

@@ -98,6 +98,7 @@ class SyntheticLatents:
         draw = torch.Generator().manual_seed(1)
         axis = torch.linspace(-1, 1, side)
         disc = ((axis[:, None] ** 2 + axis[None] ** 2) < 0.5).to(torch.uint8)[None]
+        self.variants = variants
         self.ids = [f"sample_{n}" for n in range(samples)]
         self._columns = {
             "photo_mean": torch.randn(samples, 4, side, side, generator=draw).bfloat16(),

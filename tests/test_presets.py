@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
@@ -10,10 +11,11 @@ from typing import get_args
 import pytest
 import torch
 
+from backend import machine
 from backend.config import REPO_ROOT, TrainConfig, load_config
-from backend.errors import UsageError
+from backend.errors import DeepHairError, UsageError
 from backend.training import device_memory, lowmem, presets, train_stage2
-from backend.training.memory_plan import _optimizer_bytes, memory_plan, plan_and_measured, plan_text
+from backend.training.memory_plan import _optimizer_bytes, memory_plan, plan_and_measured, plan_text, shortage
 from backend.training.models.stage2_unet import HairInpaintingUNet
 from backend.training.stage2_weights import MovingAverage, checkpoint_tensors, restore, trained
 from benchmarks.stage2_parts import random_unet
@@ -195,7 +197,8 @@ def test_the_process_is_bounded_to_a_share_of_what_is_free_and_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, wsl: bool
 ) -> None:
     set_to = []
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 * 2**30, 12 * 2**30))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8 * 2**30, 12 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2 * 2**30)  # of an earlier stage, which counts against the bound
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda fraction, device: set_to.append(fraction))
     monkeypatch.setattr(device_memory, "in_wsl", lambda: wsl)
     with caplog.at_level("INFO"):
@@ -203,6 +206,40 @@ def test_the_process_is_bounded_to_a_share_of_what_is_free_and_says_so(
         assert device_memory.cap_memory(CPU, 0.9) is None
     assert set_to == pytest.approx([0.75])
     assert "bounded to 9.0 of the card's 12.0 GiB" in caplog.text and ("WSL: beyond it" in caplog.text) == wsl
+
+
+def test_running_out_of_memory_is_an_error_with_a_way_out() -> None:
+    with (
+        pytest.raises(DeepHairError, match="not enough for 4 pairs: Tried") as raised,
+        device_memory.bounded(CPU, 0.9, what="4 pairs", hint="try less"),
+    ):
+        raise torch.OutOfMemoryError("Tried to allocate\nmore than there is")
+    assert raised.value.code == "out_of_memory" and raised.value.hint == "try less"
+
+
+@pytest.mark.parametrize(("wsl", "works", "chosen"), [(False, False, True), (True, True, True), (True, False, False)])
+def test_the_allocator_is_chosen_where_the_driver_can_do_it(monkeypatch: pytest.MonkeyPatch, wsl: bool, works: bool, chosen: bool) -> None:
+    for name in machine.ALLOCATOR_NAMES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(machine, "in_wsl", lambda: wsl)
+    monkeypatch.setattr(machine, "_allocates", lambda: works)
+    machine.choose_allocator()
+    assert (os.environ.get("PYTORCH_ALLOC_CONF") == machine.ALLOCATOR) == chosen
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "a person's own")
+    machine.choose_allocator()
+    assert "PYTORCH_ALLOC_CONF" not in os.environ
+
+
+def test_a_new_process_says_whether_the_allocator_works() -> None:
+    assert machine._allocates()  # no card: nothing that could fail
+
+
+def test_a_plan_beyond_what_is_free_is_said_before_anything_is_trained() -> None:
+    plan = memory_plan(settings())
+    fits = plan["total_gib"] - 0.6
+    assert shortage(plan, fits + 0.01) == ""
+    assert f"wants {fits:.1f} GiB and {fits - 1:.1f} GiB" in shortage(plan, fits - 1)
 
 
 def test_the_plan_is_held_against_what_was_measured() -> None:

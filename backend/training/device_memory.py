@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import logging
 import resource
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch.distributed.tensor import DTensor
 
+from backend.errors import DeepHairError
 from backend.machine import in_wsl
 
 logger = logging.getLogger(__name__)
@@ -30,18 +33,32 @@ def held_bytes(tensors: Iterable[torch.Tensor], device: torch.device) -> int:
 
 
 def cap_memory(device: torch.device, fraction: float) -> float | None:
-    """Bounds PyTorch's allocations to ``fraction`` of the card's free memory and says so; returns the bound in GiB, None without a card.
+    """Bounds PyTorch's allocations to ``fraction`` of what this process can have of the card and says so; returns the bound in GiB, None
+    without a card. What an earlier stage has left over in this process is given back first.
 
     Windows' driver, and with it WSL, pages a card's memory out to the host when it is full: steps then take 50 to 100 times as long
     and nothing is said (training_memory.md, section 6). Below the bound that cannot happen; above it, torch.OutOfMemoryError is raised.
     """
     if device.type != "cuda":
         return None
+    gc.collect()
+    torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
-    bound = fraction * free
+    bound = fraction * (free + torch.cuda.memory_reserved(device))  # what is reserved already counts against the bound
     torch.cuda.set_per_process_memory_fraction(bound / total, device)
     where = " (WSL: beyond it the driver would page to host memory)" if in_wsl() else ""
     logger.info(
         "memory of this process is bounded to %.1f of the card's %.1f GiB%s; train.memory_fraction", bound / GIB, total / GIB, where
     )
     return bound / GIB
+
+
+@contextlib.contextmanager
+def bounded(device: torch.device, fraction: float, *, what: str, hint: str) -> Iterator[None]:
+    """``cap_memory`` for the length of a ``with``, in which running out of memory becomes an error with ``hint``. what: who ran out."""
+    cap_memory(device, fraction)
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        text = f"the device's memory is not enough for {what}: {str(error).splitlines()[0]}"
+        raise DeepHairError(text, hint=hint, code="out_of_memory") from error

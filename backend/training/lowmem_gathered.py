@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
-from backend.training.lowmem import Arithmetic, FusedFactoredAdam, Hook, Slot
+from backend.training.lowmem import Arithmetic, FusedFactoredAdam
 from backend.training.processes import Processes
 
 
@@ -51,16 +51,11 @@ class GatheredFactoredAdam(FusedFactoredAdam):
             self._take(slot, self._sums.pop(slot.name))
         super().end()
 
-    def _hook(self, slot: Slot) -> Hook:
-        def gather(parameter: torch.Tensor) -> None:
-            gradient, parameter.grad = parameter.grad, None
-            if gradient is None:
-                return
-            if self._single:
-                self._sums[slot.name] = gradient
-            elif slot.name in self._sums:
-                self._sums[slot.name].add_(gradient, alpha=1 / self._accumulate)
-            else:
-                self._sums[slot.name] = gradient.float() / self._accumulate
-
-        return gather
+    def receive(self, name: str, gradient: torch.Tensor) -> None:
+        """Keeps the gradient, or adds it to those of the passes before."""
+        if self._single:
+            self._sums[name] = gradient
+        elif name in self._sums:
+            self._sums[name].add_(gradient, alpha=1 / self._accumulate)
+        else:
+            self._sums[name] = gradient.float() / self._accumulate

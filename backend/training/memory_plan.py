@@ -59,7 +59,8 @@ def memory_plan(config: Config) -> dict[str, Any]:
         lines.append(("weights' bfloat16 copies of autocast", count * 2 / GIB))
     if train.texture_every:
         crop = 8 * train.texture_crop
-        lines.append((f"texture loss on {train.batch_size} crops of {crop} px", TEXTURE_GIB * train.batch_size * (crop / 256) ** 2))
+        at_once = 1 if train.gradient_checkpointing else train.batch_size
+        lines.append((f"texture loss, {at_once} crop(s) of {crop} px at a time", TEXTURE_GIB * at_once * (crop / 256) ** 2))
     lines.append(("CUDA context and workspaces", CONTEXT_GIB))
     return {
         "preset": train.preset,
@@ -110,6 +111,17 @@ def plan_text(plan: dict[str, Any]) -> str:
             f"  {plan['total_gib']:8.3f} GiB  in all, {plan['trained_parameters']:,} parameters learn; {verdict}",
             *([f"  {plan['host_gib']:8.3f} GiB  of host memory: weights, gradients and optimizer of the UNet"] if plan["host_gib"] else []),
         ]
+    )
+
+
+def shortage(plan: dict[str, Any], bound_gib: float) -> str:
+    """Says where the plan is more than the allocator may have, and what helps; empty where it fits."""
+    wanted = plan["total_gib"] - CONTEXT_GIB  # which the allocator does not see
+    if wanted <= bound_gib:
+        return ""
+    return (
+        f"the plan wants {wanted:.1f} GiB and {bound_gib:.1f} GiB of the card are free for it: close what else uses the card (nvidia-smi shows it; "
+        "a desktop or Windows takes some), or take a smaller preset; stopping now and changing the settings costs nothing, later it means a new run"
     )
 
 

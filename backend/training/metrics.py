@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from backend.imaging import crop, masks
 from backend.training.keyed import numpy_generator
 from backend.training.models.perceptual import LpipsNet
-from backend.tryon.conditioning import to_tensor
+from backend.tryon.conditioning import passes, to_tensor
 
 Picture = NDArray[np.uint8]
 
@@ -23,8 +23,8 @@ def lpips(network: LpipsNet, pictures: Sequence[Picture], others: Sequence[Pictu
     device = next(network.buffers()).device
     values: list[float] = []
     with torch.no_grad():
-        for start in range(0, len(pictures), 8):
-            ours, theirs = (to_tensor(part[start : start + 8]).to(device) for part in (pictures, others))
+        for part in passes(len(pictures), pictures[0].shape[0] * pictures[0].shape[1] if pictures else 0, most=8):
+            ours, theirs = (to_tensor(listed[part]).to(device) for listed in (pictures, others))
             values += network.lpips(ours, theirs).cpu().tolist()
     return values
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from backend import console
 from backend.config import Config
+from backend.machine import choose_allocator
 from backend.training import export_model, prepare_dataset_deephair, results, train_stage2
 
 logger = logging.getLogger(__name__)
@@ -21,6 +22,7 @@ def run_stages(arguments: console.StageArguments) -> int:
     if arguments.dry_run:
         console.print_result(dry_run(config))
         return console.DONE
+    choose_allocator()  # before Stage 1 puts anything on a card
     start = time.monotonic()
     outcome: dict[str, Any] = {}
     for number, (name, stage) in enumerate(stages(config, resume=arguments.resume)):

@@ -83,7 +83,7 @@ def process_on_worker(pair: Pair, settings: PhotoSettings, digest: str) -> dict[
         _check_worker(settings, digest)
         forgo_torch()
         cv2.setNumThreads(1)
-        _thread.faces = FaceAnalyzer(settings.weights, settings.identity_model)
+        _thread.faces = FaceAnalyzer(settings.weights, settings.identity_model, threads=1)
         _thread.settings = settings
     return process(pair, settings, _thread.faces)
 

@@ -82,7 +82,7 @@ def start_worker(settings: PhotoSettings) -> None:
     forgo_torch()
     cv2.setNumThreads(1)
     try:
-        _worker = (settings, FaceAnalyzer(settings.weights, settings.identity_model))
+        _worker = (settings, FaceAnalyzer(settings.weights, settings.identity_model, threads=1))
     except DeepHairError as error:
         _worker = error
 
@@ -183,11 +183,25 @@ def _yaw(label: PhotoLabel, face: DetectedFace | None) -> float | None:
 
 
 def _main_face(found: list[DetectedFace], label: PhotoLabel) -> DetectedFace | None:
-    """The largest face, if any; a head seen from behind (by its label) has none, whatever a detector sees in the hair."""
+    """The largest face that can be this head's, if any; a head seen from behind (by its label) has none, whatever a detector sees in the hair.
+
+    Its centre lies in the blurred area, where there is one, or no farther from the hair than the face is large: the client's own face is
+    blurred, and what a detector does find may hang on the wall.
+    """
     yaw = signed_yaw(label.horizontal)
-    if not found or (yaw is not None and abs(yaw) > 120.0):
+    if yaw is not None and abs(yaw) > 120.0:
         return None
-    return found[0]
+    return next((face for face in found if _belongs(face, label)), None)
+
+
+def _belongs(face: DetectedFace, label: PhotoLabel) -> bool:
+    x0, y0, x1, y1 = face.box
+    place = crop.rings_box(label.face_rings) or crop.rings_box(label.hair_rings)
+    if place is None:
+        return True
+    reach = 0.25 if label.face_rings else 1.0  # of the face's size
+    wide, high = reach * (x1 - x0), reach * (y1 - y0)
+    return place[0] - wide <= (x0 + x1) / 2 <= place[2] + wide and place[1] - high <= (y0 + y1) / 2 <= place[3] + high
 
 
 def _write_images(

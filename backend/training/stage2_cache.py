@@ -1,7 +1,7 @@
 """Latents, prompts and style features computed once, so that no encoder sits in memory while the UNet trains (DESIGN 4.3).
 
-``processed/latents/{split}_{key}/`` holds shards of samples in the order of their ids; the key covers everything they depend on. A
-prompt's embedding is one file per distinct prompt, ``processed/prompt_embeddings/{sha}.safetensors``.
+``processed/latents/`` holds shards of samples, latents and style features apart, in folders named by a key that covers everything they
+depend on. A prompt's embedding is one file per distinct prompt, ``processed/prompt_embeddings/{sha}.safetensors``.
 """
 
 from __future__ import annotations
@@ -9,6 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,25 +22,24 @@ from numpy.typing import NDArray
 
 from backend import artifacts, console
 from backend.config import Config
-from backend.errors import MissingInputError
+from backend.errors import UsageError
 from backend.imaging import crop, masks
-from backend.imaging.decode import read_png
 from backend.machine import cores
 from backend.training.keyed import numpy_generator
 from backend.training.models.texture_encoder import TextureEncoder
 from backend.training.prefetch import ahead
 from backend.training.prepared import Prepared, Sample
 from backend.tryon import conditioning
+from backend.tryon.remembered import Remembered
 
 logger = logging.getLogger(__name__)
 
 SHARD = 256  # samples per file
 POOL = 128  # silhouettes that a split's edit regions borrow from
 POOL_SIDE = 128  # their side, px
-REGIONS = 5  # raise when edit regions are made otherwise: cached latents of the older kind are then not used
-BATCH = 8  # pictures per pass of the VAE, at most
-BATCH_PIXELS = 2 * 1024 * 1024  # in such a pass: encoding takes 1.25 GiB for each 1024 x 1024 of them (training_memory.md, section 0)
-RESIDENT = 2 << 30  # bytes of latents that are kept in memory; beyond it they are read from mapped files
+LAYOUT = 6  # raise when samples are made or filed otherwise: those of the older kind are then not used
+RESIDENT = 2 << 30  # bytes of a split's samples that are kept in memory; beyond it they are read from mapped files
+PROMPTS_KEPT = 256  # in memory; a real set has some 100,000 distinct ones of 0.3 MB each, more than a process may map
 
 
 @dataclass(frozen=True)
@@ -61,68 +63,147 @@ class CacheKey:
             texture=artifacts.sha256_file(texture_encoder),
         )
 
-    def latents(self, config: Config) -> str:
-        """Short digest for the folder of latents."""
-        train = config.train
-        parts = [self.data, self.vae, self.texture, config.data.bald, train.mask_variants, train.style_tokens, train.seed, SHARD, REGIONS]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+    def latents(self, config: Config, variants: int) -> str:
+        """Short digest for the folder of latents with this many edit regions each."""
+        return _short([self.data, self.vae, config.data.bald, variants, config.train.seed, LAYOUT])
+
+    def styles(self, config: Config) -> str:
+        """Short digest for the folder of style features: a new Stage 1 makes those anew, not the latents."""
+        return _short([self.data, self.texture, config.train.style_tokens, LAYOUT])
+
+
+def _short(parts: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+class Shards:
+    """Cached tensors of samples in files of SHARD, found by their ids, whatever order they came in: a longer run adds what it lacks."""
+
+    def __init__(self, folder: Path, ids: Sequence[str]) -> None:
+        from safetensors import safe_open
+
+        places = {name: (path, row) for path in _files(folder) for row, name in enumerate(_ids(path))}
+        paths = list(dict.fromkeys(places[name][0] for name in ids))
+        number = {path: n for n, path in enumerate(paths)}
+        self._shard = np.array([number[places[name][0]] for name in ids], np.int64)
+        self._row = np.array([places[name][1] for name in ids], np.int64)
+        self._open = [safe_open(path, framework="pt") for path in paths]
+        self._resident = sum(path.stat().st_size for path in paths) <= RESIDENT
+        self._columns: dict[str, torch.Tensor] = {}
+
+    def names(self) -> list[str]:
+        """The tensors that each sample has."""
+        return list(self._open[0].keys())
+
+    def shape(self, name: str) -> list[int]:
+        """Of one sample's tensor."""
+        return list(self._open[0].get_slice(name).get_shape()[1:])
+
+    def take(self, name: str, indices: NDArray[np.int64]) -> torch.Tensor:
+        """The tensors of several samples, by their place in ``ids``, stacked: (len(indices), ...)."""
+        if not self._resident:
+            parts = [self._open[self._shard[index]].get_slice(name)[int(self._row[index])] for index in indices]
+            return torch.stack(parts)
+        if name not in self._columns:
+            whole = [shard.get_tensor(name) for shard in self._open]
+            self._columns[name] = torch.stack([whole[shard][row] for shard, row in zip(self._shard, self._row, strict=True)])
+        return self._columns[name][torch.from_numpy(indices)]
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("shard_*.safetensors"))
+
+
+def _ids(path: Path) -> list[str]:
+    return list(artifacts.read_header(path)["ids"])
+
+
+def fill(
+    folder: Path, rows: Sequence[dict[str, Any]], encode: Callable[[Sequence[dict[str, Any]]], Iterator[dict[str, torch.Tensor]]], what: str
+) -> Shards:
+    """Encodes those ``rows`` that no shard of ``folder`` holds, and opens them all. A killed one goes on at the shard it was at."""
+    files = _files(folder)
+    known = {name for path in files for name in _ids(path)}
+    missing = [row for row in rows if row["id"] not in known]
+    following = 1 + max((int(path.stem.removeprefix("shard_")) for path in files), default=-1)
+    progress = console.Progress(what, len(rows), unit="photo")
+    progress.start_at(len(rows) - len(missing))
+    for number, start in enumerate(range(0, len(missing), SHARD), following):
+        part, columns = missing[start : start + SHARD], dict[str, list[torch.Tensor]]()
+        for tensors in encode(part):
+            for name, value in tensors.items():
+                columns.setdefault(name, []).append(value)
+            progress.update()
+        stacked = {name: torch.stack(values) for name, values in columns.items()}
+        header = {"format": "deephair-cache-2", "ids": [row["id"] for row in part]}
+        artifacts.save_tensors(folder / f"shard_{number:05d}.safetensors", stacked, header)
+    return Shards(folder, [row["id"] for row in rows])
 
 
 class LatentCache:
-    """Cached samples of one split, read from memory-mapped shards."""
+    """Cached samples of one split. Of each: photo_mean, photo_std (4, h, w); bald (V, 4, h, w); mask (V, 1, h, w); excluded (1, h, w);
+    style (S, 2048); identity (512,); identity_valid (1,)."""
 
-    def __init__(self, folder: Path, ids: list[str]) -> None:
-        from safetensors import safe_open
-
+    def __init__(self, ids: list[str], latents: Shards, styles: Shards) -> None:
         self.ids = ids
-        paths = [_shard(folder, n) for n in range(-(-len(ids) // SHARD))]
-        self._shards = [safe_open(path, framework="pt") for path in paths]
-        self._resident = sum(path.stat().st_size for path in paths) <= RESIDENT
-        self._columns: dict[str, torch.Tensor] = {}
+        self.variants = latents.shape("mask")[0]
+        self._where = {name: part for part in (latents, styles) for name in part.names()}
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def get(self, name: str, index: int) -> torch.Tensor:
-        """One sample's tensor: photo_mean, photo_std (4, h, w); bald (V, 4, h, w); mask (V, 1, h, w); excluded (1, h, w);
-        style (S, 2048); identity (512,); identity_valid (1,)."""
-        if self._resident:
-            return self._column(name)[index]
-        value: torch.Tensor = self._shards[index // SHARD].get_slice(name)[index % SHARD]
-        return value
-
     def take(self, name: str, indices: NDArray[np.int64]) -> torch.Tensor:
         """The tensors of several samples, stacked: (len(indices), ...)."""
-        if self._resident:
-            return self._column(name)[torch.from_numpy(indices)]
-        return torch.stack([self.get(name, int(index)) for index in indices])
-
-    def _column(self, name: str) -> torch.Tensor:
-        if name not in self._columns:
-            self._columns[name] = torch.cat([shard.get_tensor(name) for shard in self._shards])
-        return self._columns[name]
+        return self._where[name].take(name, indices)
 
 
-def _shard(folder: Path, number: int) -> Path:
-    return folder / f"shard_{number:05d}.safetensors"
+def build_latents(
+    config: Config, prepared: Prepared, split: str, rows: list[dict[str, Any]], variants: int, key: CacheKey, vae: Any, encoder: TextureEncoder
+) -> LatentCache:  # fmt: skip
+    """Encodes what is missing of these rows of a split, with ``variants`` edit regions each, and opens it.
+
+    Raises UsageError where the disk cannot hold it, before anything is encoded.
+    """
+    root, threads = config.paths.processed / "latents", config.data.workers or cores(8)
+    latents, styles = root / f"{split}_{key.latents(config, variants)}", root / f"{split}_styles_{key.styles(config)}"
+    known = {name for path in _files(latents) for name in _ids(path)}
+    require_space(root, sum(row["id"] not in known for row in rows) * sample_bytes(config, variants, next(vae.parameters()).element_size()))
+    pool = [] if all(row["id"] in known for row in rows) else silhouettes(prepared, prepared.rows(split))
+
+    def encode(part: Sequence[dict[str, Any]]) -> Iterator[dict[str, torch.Tensor]]:
+        for sample, heads in ahead(lambda row: _draw(config, prepared, row, pool, variants), part, workers=threads):
+            yield _encoded(sample, heads, vae)
+
+    def describe(part: Sequence[dict[str, Any]]) -> Iterator[dict[str, torch.Tensor]]:
+        for style, identity in ahead(prepared.conditions, part, workers=threads):
+            yield _described(config, style, identity, encoder)
+
+    return LatentCache(
+        [row["id"] for row in rows], fill(latents, rows, encode, f"latents ({split})"), fill(styles, rows, describe, f"styles ({split})")
+    )
 
 
-def build_latents(config: Config, prepared: Prepared, split: str, key: CacheKey, vae: Any, encoder: TextureEncoder) -> LatentCache:
-    """Encodes what is missing of a split's latents and opens them. A killed build goes on at the shard it was at."""
-    rows = prepared.rows(split)
-    if not rows:
-        raise MissingInputError(f"the {split} split has no photo", hint="prepare more photos, or change data.split")
-    folder = config.paths.processed / "latents" / f"{split}_{key.latents(config)}"
-    ids = [row["id"] for row in rows]
-    shards = range(0, len(rows), SHARD)
-    missing = [start for start in shards if not _shard(folder, start // SHARD).is_file()]
-    progress = console.Progress(f"latents ({split})", len(rows), unit="photo")
-    progress.start_at(len(rows) - sum(min(SHARD, len(rows) - start) for start in missing))
-    pool = silhouettes(prepared, rows) if missing else []
-    for start in missing:
-        tensors = _encode(config, prepared, rows[start : start + SHARD], vae, encoder, pool, progress)
-        artifacts.save_tensors(_shard(folder, start // SHARD), tensors, {"format": "deephair-latents-1", "key": key.latents(config)})
-    return LatentCache(folder, ids)
+def sample_bytes(config: Config, variants: int, number_bytes: int) -> int:
+    """What one photo's latents take on disk, where a latent takes ``number_bytes``."""
+    return (config.data.resolution // 8) ** 2 * (4 * number_bytes * (2 + variants) + variants + 1)
+
+
+def require_space(folder: Path, size: int) -> None:
+    """Raises UsageError where the disk of ``folder`` has less than ``size`` bytes left; says which older caches could go."""
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise UsageError(
+            f"the latents take {size / 1e9:.1f} GB and the disk of {folder} has {free / 1e9:.1f} GB left",
+            hint="remove caches of earlier settings there, lower train.steps or data.resolution, or move paths.processed",
+        )
+    if size > 1e9:
+        logger.info(
+            "the latents take %.1f GB of the %.1f GB that are free; those of other settings in %s can be deleted",
+            size / 1e9,
+            free / 1e9,
+            folder,
+        )
 
 
 def silhouettes(prepared: Prepared, rows: list[dict[str, Any]]) -> list[masks.Silhouette]:
@@ -136,31 +217,13 @@ def silhouettes(prepared: Prepared, rows: list[dict[str, Any]]) -> list[masks.Si
     return pool
 
 
-@dataclass(frozen=True)
-class _Photo:
-    """What the networks see of one photo: the sample, its heads with a region each, and its style picture (224, 224, 3) uint8."""
-
-    sample: Sample
-    heads: list[conditioning.HeadInput]
-    style: NDArray[np.uint8]
-
-
-def _encode(
-    config: Config, prepared: Prepared, rows: list[dict[str, Any]], vae: Any, encoder: TextureEncoder, pool: list[masks.Silhouette],
-    progress: console.Progress,
-) -> dict[str, torch.Tensor]:  # fmt: skip
-    columns: dict[str, list[torch.Tensor]] = {}
-    threads = config.data.workers or cores(8)
-    for photo in ahead(lambda row: _draw(config, prepared, row, pool), rows, workers=threads):
-        for name, value in _encode_photo(config, photo, vae, encoder).items():
-            columns.setdefault(name, []).append(value)
-        progress.update()
-    return {name: torch.stack(values) for name, values in columns.items()}
-
-
-def _draw(config: Config, prepared: Prepared, row: dict[str, Any], pool: list[masks.Silhouette]) -> _Photo:
+def _draw(
+    config: Config, prepared: Prepared, row: dict[str, Any], pool: list[masks.Silhouette], variants: int
+) -> tuple[Sample, list[conditioning.HeadInput]]:  # fmt: skip
+    """A photo with that many edit regions."""
     sample = prepared.sample(row)
-    heads = [
+    generators = (numpy_generator(config.train.seed, "region/" + row["id"], variant) for variant in range(variants))
+    return sample, [
         conditioning.head_input(
             sample.photo,
             sample.hair,
@@ -169,28 +232,29 @@ def _draw(config: Config, prepared: Prepared, row: dict[str, Any], pool: list[ma
             shape=masks.random_shape(rng),
             borrowed=masks.borrow(pool, sample.face_box, rng),
         )
-        for rng in (numpy_generator(config.train.seed, "region/" + row["id"], variant) for variant in range(config.train.mask_variants))
+        for rng in generators
     ]
-    return _Photo(sample, heads, read_png(prepared.folder / row["files"]["style"]))
 
 
-def _encode_photo(config: Config, photo: _Photo, vae: Any, encoder: TextureEncoder) -> dict[str, torch.Tensor]:
-    sample, heads = photo.sample, photo.heads
-    pictures = conditioning.to_tensor([sample.photo, *(head.bald for head in heads)])
-    size = min(BATCH, max(1, BATCH_PIXELS // pictures[0, 0].numel()))
-    encoded = [conditioning.encode_latents(vae, pictures[start : start + size]) for start in range(0, len(pictures), size)]
-    means, stds = torch.cat([mean for mean, _ in encoded]).cpu(), torch.cat([std for _, std in encoded]).cpu()
-    side = means.shape[-1]
-    style = conditioning.style_features(encoder, [photo.style], config.train.style_tokens)[0]
-    identity, valid = conditioning.identity_tensor([sample.identity])
+def _encoded(sample: Sample, heads: list[conditioning.HeadInput], vae: Any) -> dict[str, torch.Tensor]:
+    mean, std = (
+        value.cpu() for value in conditioning.encode_latents(vae, conditioning.to_tensor([sample.photo, *(h.bald for h in heads)]))
+    )
+    side = mean.shape[-1]
     return {
-        "photo_mean": means[0],
-        "photo_std": stds[0],
-        "bald": means[1:],
+        "photo_mean": mean[0],
+        "photo_std": std[0],
+        "bald": mean[1:],
         "mask": conditioning.latent_mask(conditioning.mask_tensor([head.region for head in heads]), side).to(torch.uint8),
         "excluded": _excluded(sample.blurred, side),
-        "style": style,
-        "identity": identity[0],
+    }
+
+
+def _described(config: Config, style: NDArray[np.uint8], identity: NDArray[np.float32] | None, encoder: TextureEncoder) -> dict[str, torch.Tensor]:  # fmt: skip
+    known, valid = conditioning.identity_tensor([identity])
+    return {
+        "style": conditioning.style_features(encoder, [style], config.train.style_tokens)[0],
+        "identity": known[0],
         "identity_valid": valid.to(torch.uint8),
     }
 
@@ -202,11 +266,12 @@ def _excluded(blurred: NDArray[np.uint8], side: int) -> torch.Tensor:
 
 
 class PromptCache:
-    """Text embeddings of all distinct prompts, read on demand and kept: there are few thousand at most."""
+    """Text embeddings of distinct prompts, one file each; those asked for last stay in memory."""
 
     def __init__(self, folder: Path, key: CacheKey) -> None:
         self._folder, self._key = folder, key
-        self._loaded: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._loaded: Remembered[str, tuple[torch.Tensor, torch.Tensor]] = Remembered(PROMPTS_KEPT)
+        self._lock = threading.Lock()  # batches are drawn in several threads
 
     def path(self, prompt: str) -> Path:
         """The file of one prompt."""
@@ -214,10 +279,12 @@ class PromptCache:
 
     def get(self, prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Text (77, D) and pooled (P,), float32."""
-        if prompt not in self._loaded:
-            tensors = artifacts.load_tensors(self.path(prompt))
-            self._loaded[prompt] = (tensors["prompt_embeds"].float(), tensors["pooled"].float())
-        return self._loaded[prompt]
+        with self._lock:
+            return self._loaded.get(prompt, lambda: self._read(prompt))
+
+    def _read(self, prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
+        tensors = artifacts.load_tensors(self.path(prompt))
+        return tensors["prompt_embeds"].float(), tensors["pooled"].float()
 
 
 def build_prompts(config: Config, prompts: set[str], key: CacheKey, *, device: torch.device, dtype: torch.dtype) -> PromptCache:
@@ -228,9 +295,10 @@ def build_prompts(config: Config, prompts: set[str], key: CacheKey, *, device: t
         texts = conditioning.TextEncoders(conditioning.inpainting_folder(config.paths.weights), device=device, dtype=dtype)
         progress = console.Progress("prompts", len(missing), unit="prompt")
         for prompt in missing:
-            embeds, pooled = texts.encode([prompt])
-            artifacts.save_tensors(
-                cache.path(prompt), {"prompt_embeds": embeds[0], "pooled": pooled[0]}, {"format": "deephair-prompt-1", "prompt": prompt}
-            )
+            embeds, pooled = (
+                value[0].to(dtype) for value in texts.encode([prompt])
+            )  # as it was computed: half of float32's disk on a card
+            tensors, header = {"prompt_embeds": embeds, "pooled": pooled}, {"format": "deephair-prompt-2", "prompt": prompt}
+            artifacts.save_tensors(cache.path(prompt), tensors, header)
             progress.update()
     return cache

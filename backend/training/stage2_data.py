@@ -21,6 +21,7 @@ class Latents(Protocol):
     """Cached samples of one split, as ``stage2_cache.LatentCache`` has them."""
 
     ids: list[str]
+    variants: int  # edit regions of each
 
     def __len__(self) -> int: ...
 
@@ -114,7 +115,7 @@ class Batches:
         rows = slice(None) if rows is None else rows
         mine = range(len(indices))[rows]
         texts, pooled, references = [], [], []
-        variants = rng.integers(train.mask_variants, size=len(indices))
+        variants = rng.integers(data.latents.variants, size=len(indices))
         dropped = (
             rng.random((4, len(indices))) < np.array([[train.drop.text], [train.drop.style], [train.drop.identity], [train.drop.all]])
         ) & (timestep is None)

@@ -17,7 +17,7 @@ import torch
 from backend import console
 from backend import weights as pretrained
 from backend.config import Config
-from backend.errors import UsageError
+from backend.errors import MissingInputError, UsageError
 from backend.imaging.decode import write_png
 from backend.training import checkpoints, presets
 from backend.training.data_processing.prompts import NEUTRAL_PROMPT
@@ -29,7 +29,7 @@ from backend.training.models.schedule import NoiseSchedule
 from backend.training.models.stage2_unet import HairInpaintingUNet, load_start, load_unet, unet_config
 from backend.training.models.texture_encoder import load_texture_encoder
 from backend.training.prefetch import ahead
-from backend.training.prepared import Pictures, Prepared, reference_candidates
+from backend.training.prepared import Pictures, Prepared, reference_candidates, thinned
 from backend.training.processes import Processes, join_processes
 from backend.training.sharding import gathered
 from backend.training.stage2_cache import CacheKey, build_latents, build_prompts
@@ -43,6 +43,7 @@ from backend.tryon.sampling import Sampler, sample, scheduler_config
 
 logger = logging.getLogger(__name__)
 
+VALIDATION_POOL = 4  # times train.validation_samples: a larger validation split is thinned
 VALIDATION_TIMESTEPS = (50, 200, 400, 600, 800, 950)
 
 
@@ -63,11 +64,12 @@ class Stage2Run:
         base = conditioning.inpainting_folder(config.paths.weights)
         prepared = self.prepared = Prepared(config.paths.processed)
         key = CacheKey.of(config, prepared, texture_encoder_path(config))
-        prompts = {row["prompt"] for row in prepared.rows()} | {"", NEUTRAL_PROMPT}
+        rows = self._rows(prepared)
+        prompts = {row["prompt"] for chosen in rows.values() for row in chosen} | {"", NEUTRAL_PROMPT}
         with self.processes.first_one_first():
             self.prompts = build_prompts(config, prompts, key, device=self.device, dtype=conditioning.encoder_dtype(self.device))
             self.vae = conditioning.load_vae(base, device=self.device, dtype=conditioning.encoder_dtype(self.device))
-            self.splits = self._build_splits(prepared, key)
+            self.splits = self._build_splits(prepared, rows, key)
         self.schedule = scheduler_config(base)
         noising = NoiseSchedule(self.schedule)
         self.batches = Batches(config.train, self.splits, self.prompts, timesteps=noising.steps, device=self.device)
@@ -88,13 +90,27 @@ class Stage2Run:
 
     # ---- set-up ----
 
-    def _build_splits(self, prepared: Prepared, key: CacheKey) -> dict[str, Split]:
-        encoder = load_texture_encoder(texture_encoder_path(self.config)).to(self.device)
-        splits = {}
-        for name in ("train", "val"):
-            rows = prepared.rows(name)
-            latents = build_latents(self.config, prepared, name, key, self.vae, encoder)
-            splits[name] = Split(latents, [row["prompt"] for row in rows], reference_candidates(rows), Pictures(prepared, rows))
+    def _rows(self, prepared: Prepared) -> dict[str, list[dict[str, Any]]]:
+        """Which photos of each split this run looks at. At the size of the released set it draws fewer than there are, and encoding one takes
+        longer than training on it."""
+        found = {name: prepared.rows(name) for name in ("train", "val")}
+        for name, rows in found.items():
+            if not rows:
+                raise MissingInputError(f"the {name} split has no photo", hint="prepare more photos, or change data.split")
+        train = self.config.train
+        found["train"] = thinned(found["train"], train.steps * self._samples_per_step)
+        if len(found["val"]) > VALIDATION_POOL * train.validation_samples:
+            found["val"] = thinned(found["val"], 2 * train.validation_samples)
+        return found
+
+    def _build_splits(self, prepared: Prepared, rows: dict[str, list[dict[str, Any]]], key: CacheKey) -> dict[str, Split]:
+        config = self.config
+        encoder = load_texture_encoder(texture_encoder_path(config)).to(self.device)
+        each = math.ceil(config.train.steps * self._samples_per_step / len(rows["train"]))  # times that a photo is drawn
+        variants, splits = min(config.train.mask_variants, each), {}
+        for name, chosen in rows.items():
+            latents = build_latents(config, prepared, name, chosen, variants, key, self.vae, encoder)
+            splits[name] = Split(latents, [row["prompt"] for row in chosen], reference_candidates(chosen), Pictures(prepared, chosen))
         return splits
 
     def _build_model(self, base: Any) -> HairInpaintingUNet:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 
 from backend.config import Config, TrainConfig
 from backend.errors import DeepHairError
@@ -195,5 +196,15 @@ class Stage2Step:
         clean, side = self.noising.predicted_x0(noisy[low], prediction[low], batch.timesteps[low]), self.config.train.texture_crop
         corners = [batch.textures.corners[row] for row in low.tolist()]
         squares = [latents[:, top : top + side, left : left + side] for latents, (top, left) in zip(clean, corners, strict=True)]
-        image = conditioning.decode_latents(self._vae, torch.stack(squares))
-        return losses.texture_consistency_loss(self._perceptual, image.float(), batch.textures.picture[low], batch.textures.hair[low])
+        picture, hair, each = batch.textures.picture[low], batch.textures.hair[low], []
+        if not self.config.train.gradient_checkpointing:
+            return self._gram_loss(torch.stack(squares), picture, hair)
+        for row, square in enumerate(squares):  # one sample's activations at a time; the mean over samples is that of all together
+            part = slice(row, row + 1)
+            each.append(checkpoint(self._gram_loss, square[None], picture[part], hair[part], use_reentrant=False))
+        return torch.stack(each).mean()
+
+    def _gram_loss(self, squares: torch.Tensor, picture: torch.Tensor, hair: torch.Tensor) -> torch.Tensor:
+        assert self._perceptual is not None
+        image = conditioning.decode_latents(self._vae, squares)
+        return losses.texture_consistency_loss(self._perceptual, image.float(), picture, hair)

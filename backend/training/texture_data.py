@@ -69,6 +69,14 @@ class PatchTable:
             np.unique(np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(np.int64)) if len(self) else np.zeros(0, np.int64)
         )
 
+    def whole_photos(self, count: int) -> Ints:
+        """All patches of evenly spaced photos, about ``count`` at most: what is judged by photo needs every patch of it."""
+        if len(self) <= count:
+            return np.arange(len(self), dtype=np.int64)
+        photos = max(1, count * len(self.photo_ids) // len(self))
+        chosen = np.unique(np.linspace(0, len(self.photo_ids) - 1, photos).round().astype(np.int64))
+        return np.flatnonzero(np.isin(self.photo, chosen))
+
 
 _Row = tuple[Path, str, str, int, int, int]
 

@@ -238,7 +238,7 @@ def evaluate_encoder(
     evidence = None
     for split in ("val", "test"):
         table = tables[split]
-        numbers = table.spread(EVALUATION_PATCHES)
+        numbers = table.whole_photos(EVALUATION_PATCHES)
         if not len(numbers):
             continue
         probabilities = predict_probabilities(encoder, images[split], numbers)

@@ -15,7 +15,6 @@ if __name__ == "__main__" and not __package__:  # run as a file: the checkout mu
 
 import contextlib
 import logging
-import os
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from backend import artifacts, console, weights
 from backend.config import Config
 from backend.errors import DeepHairError, MissingInputError, UsageError, require_all
+from backend.machine import choose_allocator
 from backend.training import results
 from backend.training.stage2_files import LATEST, PREFIX, require_texture_encoder, texture_encoder_path
 
@@ -92,22 +92,22 @@ def train(config: Config, *, resume: bool = True) -> dict[str, Any]:
     if resume and (result := finished(config)) is not None:
         logger.info("Stage 2 is complete (%d steps); nothing to do", config.train.steps)
         return results.read(config, "train") if results.recorded(config, "train") else result
-    os.environ.setdefault(
-        "PYTORCH_ALLOC_CONF", "expandable_segments:True"
-    )  # read when torch first allocates on a card: less is lost to gaps
+    choose_allocator()
     import torch  # late: heavy
 
     from backend.training import presets
     from backend.training.device_memory import cap_memory
-    from backend.training.memory_plan import memory_plan, plan_and_measured, plan_text
+    from backend.training.memory_plan import memory_plan, plan_and_measured, plan_text, shortage
     from backend.training.processes import join_processes
 
     start = time.monotonic()
     processes = join_processes(config.device)
-    cap_memory(processes.device, config.train.memory_fraction)
+    bound = cap_memory(processes.device, config.train.memory_fraction)
     plan = memory_plan(config) if processes.device.type == "cuda" else None
     if plan is not None:
         logger.info(plan_text(plan))
+        if bound is not None and (short := shortage(plan, bound)):
+            logger.warning("%s", short)
     try:
         with artifacts.folder_lock(config.paths.checkpoints) if processes.is_main else contextlib.nullcontext():
             if processes.is_main:

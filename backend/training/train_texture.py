@@ -16,6 +16,7 @@ from backend import artifacts, console, weights
 from backend.config import Config
 from backend.errors import DeepHairError, InvalidArtifactError, UsageError, require_all
 from backend.training import checkpoints, keyed, results
+from backend.training.device_memory import bounded
 from backend.training.models.texture_encoder import FORMAT, new_encoder
 from backend.training.processes import Processes, join_processes
 from backend.training.texture_data import SPLITS, BalancedSampler, Batch, PatchImages, PatchTable, feed, name_patches, read_patch_tables
@@ -191,7 +192,7 @@ class Run:
         value = -1.0
         table = self.tables["val"]
         if self.processes.rank == 0 and len(table):
-            numbers = table.spread(VALIDATION_PATCHES)
+            numbers = table.whole_photos(VALIDATION_PATCHES)
             self.trainer.judged.eval()
             scores = score_split(
                 predict_probabilities(self.trainer.judged, self.images["val"], numbers), table, numbers, seed=self.texture.seed
@@ -304,7 +305,11 @@ def train_texture(config: Config, *, resume: bool = True, on_progress: OnProgres
         return done
     processes = join_processes(config.device)
     lock = artifacts.folder_lock(config.paths.checkpoints) if processes.rank == 0 else contextlib.nullcontext()
-    with lock, console.timed("Stage 1, texture encoder") as clock, console.stop_requests() as stop:
+    less = max(processes.count, config.texture.batch_size // 2)
+    memory = bounded(
+        processes.device, config.train.memory_fraction, what=f"{config.texture.batch_size} patches", hint=f"try texture.batch_size={less}"
+    )
+    with lock, memory, console.timed("Stage 1, texture encoder") as clock, console.stop_requests() as stop:
         run = Run(config, identity, processes, on_progress)
         if resume:
             run.resume()

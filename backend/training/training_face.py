@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import cv2
 import numpy as np
@@ -78,20 +78,33 @@ def _recognizer(path: Path, kind: IdentityModel) -> AdaFace | ArcFace:
     return LocalRecognizer()
 
 
+def _session(path: Path, threads: int) -> Any:
+    """A network with its number of threads, which uniface leaves to ONNX Runtime."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = threads
+    return onnxruntime.InferenceSession(str(path), options, providers=PROVIDERS)
+
+
 class FaceAnalyzer:
     """Finds faces and says who they are.
 
-    weights: ``paths.weights``; identity: which of the two identity models. Raises MissingInputError when a file is not there,
+    weights: ``paths.weights``; identity: which of the two identity models; threads: of each network, 0 for one per core (where a process
+    per core works, more than one thread each made all of them slower by a third). Raises MissingInputError when a file is not there,
     InvalidArtifactError when it is not the network it should be.
     """
 
-    def __init__(self, weights: Path, identity: IdentityModel = "adaface") -> None:
+    def __init__(self, weights: Path, identity: IdentityModel = "adaface", *, threads: int = 0) -> None:
         pretrained.require(weights, "face_detector", identity)
         self.identity: IdentityModel = identity
         paths = [pretrained.files(weights, name)[0] for name in ("face_detector", identity)]
         try:
             self._detector = _detector(paths[0])
             self._recognizer = _recognizer(paths[1], identity)
+            if threads:
+                for network, path in zip((self._detector, self._recognizer), paths, strict=True):
+                    network.session = _session(path, threads)
         except (RuntimeError, ValueError) as error:
             raise InvalidArtifactError(f"a face network cannot be loaded from {paths[0].parent}: {error}") from error
 

@@ -125,6 +125,16 @@ def load_vae(inpainting: Path, *, device: torch.device, dtype: torch.dtype) -> A
     return load_network(AutoencoderKL, inpainting / "vae", "the VAE", torch_dtype=dtype).to(device).eval().requires_grad_(False)
 
 
+PASS_PIXELS = 1024 * 1024  # that go through the VAE at a time: 1.25 GiB to encode, 1.5 to decode (training_memory.md, section 0)
+
+
+def passes(count: int, pixels: int, most: int | None = None) -> list[slice]:
+    """``count`` pictures of ``pixels`` each, in parts of at most PASS_PIXELS pixels and ``most`` pictures, one at least."""
+    size = max(1, PASS_PIXELS // max(pixels, 1))
+    size = size if most is None else min(size, most)
+    return [slice(start, start + size) for start in range(0, count, size)]
+
+
 @torch.no_grad()
 def encode_latents(vae: Any, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation of the scaled latents of (B, 3, S, S) in [-1, 1]: two (B, 4, S/8, S/8).
@@ -132,8 +142,11 @@ def encode_latents(vae: Any, images: torch.Tensor) -> tuple[torch.Tensor, torch.
     Raises InvalidArtifactError when they are not finite.
     """
     parameter = next(vae.parameters())
-    posterior = vae.encode(images.to(parameter.device, parameter.dtype)).latent_dist
-    mean, std = posterior.mean * vae.config.scaling_factor, posterior.std * vae.config.scaling_factor
+    found = []
+    for part in passes(len(images), images[0, 0].numel()):
+        posterior = vae.encode(images[part].to(parameter.device, parameter.dtype)).latent_dist
+        found.append((posterior.mean * vae.config.scaling_factor, posterior.std * vae.config.scaling_factor))
+    mean, std = (torch.cat(parts) for parts in zip(*found, strict=True))
     if not (torch.isfinite(mean).all() and torch.isfinite(std).all()):
         raise InvalidArtifactError("the VAE gave non-finite latents", hint="run it in bf16 or fp32; fp16 overflows in SDXL's VAE")
     return mean, std
@@ -142,8 +155,8 @@ def encode_latents(vae: Any, images: torch.Tensor) -> tuple[torch.Tensor, torch.
 def decode_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     """Scaled latents (B, 4, h, w) as pictures (B, 3, 8h, 8w), roughly in [-1, 1]; gradients flow."""
     parameter = next(vae.parameters())
-    image: torch.Tensor = vae.decode(latents.to(parameter.dtype) / vae.config.scaling_factor, return_dict=False)[0]
-    return image
+    scaled = latents.to(parameter.dtype) / vae.config.scaling_factor
+    return torch.cat([vae.decode(scaled[part], return_dict=False)[0] for part in passes(len(scaled), 64 * scaled[0, 0].numel())])
 
 
 @torch.no_grad()
