@@ -177,6 +177,22 @@ def stand_in(config: Config) -> StandIn:
     return StandIn(remember=False, step_s=0.01)
 
 
+class SlowLooker(StandIn):
+    """Takes a while for a preview and says in ``ledger`` that it has ended."""
+
+    def preview(self, image: np.ndarray) -> Preview:
+        assert self.ledger is not None
+        self.ledger.with_name("begun").touch()
+        time.sleep(0.5)
+        self.ledger.touch()
+        return super().preview(image)
+
+
+def slow_looker(config: Config) -> StandIn:
+    """What another process loads for a preview that is still under way when it is closed."""
+    return SlowLooker(ledger=config.paths.jobs / "looked", remember=False)
+
+
 def broken_model(config: Config) -> StandIn:
     """The same with a bundle that does not load."""
     raise InvalidArtifactError("weights hold NaN", hint="deploy another")

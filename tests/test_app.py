@@ -7,6 +7,8 @@ import asyncio
 import base64
 import io
 import json
+import os
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -139,6 +141,28 @@ def test_the_gallery_lists_its_folder_and_serves_nothing_else(tmp_path: Path) ->
         assert live.client.get("/api/v1/gallery").json() == []
 
 
+def test_only_the_operators_own_references_may_be_remembered(tmp_path: Path) -> None:
+    folder = tmp_path / "gallery"
+    folder.mkdir()
+    offered, own = png(80, 90, seed=2), png(80, 90, seed=3)
+    (folder / "look.png").write_bytes(offered)
+    with serving(app_config(tmp_path, gallery=folder)) as live:
+
+        def remembered(reference: bytes) -> bool:
+            live.wait(live.post(reference=reference).json()["id"])
+            return live.engine.seen[-1].remember
+
+        assert len(own) == len(offered) and live.client.get("/api/v1/gallery/look.png").content == offered
+        assert remembered(offered) and not remembered(own) and not remembered(offered + b"\0")
+        (folder / "look.png").write_bytes(own)
+        os.utime(folder / "look.png", ns=(1, 1))  # the same size, another time
+        assert remembered(own) and not remembered(offered)
+        live.wait(live.post(prompt="bob").json()["id"])
+        assert not live.engine.seen[-1].remember
+        refused = live.post(reference=own, remember="true")
+        assert (refused.status_code, refused.json()["code"]) == (422, "invalid_form")
+
+
 def test_the_mask_is_rounded_up_so_that_zero_means_untouched() -> None:
     assert mask_to_bytes(np.array([0.0, 1e-6, 1 / 255, 0.5, 1.0], np.float32)).tolist() == [0, 1, 1, 128, 255]
 
@@ -220,6 +244,46 @@ def test_delete_erases_a_finished_job_at_once(live: Live, tmp_path: Path) -> Non
     assert live.client.get(job["result"]["url"]).status_code == 410
     assert not (tmp_path / "jobs" / job["id"]).exists()
     assert not any(b"private wish" in path.read_bytes() for path in (tmp_path / "jobs").iterdir() if path.is_file())
+
+
+def test_the_events_of_an_erased_job_tell_that_it_is_erased_and_nothing_else(live: Live) -> None:
+    job = live.wait(live.post(prompt="bob", steps=2).json()["id"])
+    story = f"/api/v1/jobs/{job['id']}/events"
+    before = read_events(live.client.get(story).text)
+    for _ in range(2):  # a second time changes nothing
+        live.client.delete(f"/api/v1/jobs/{job['id']}").raise_for_status()
+        for last_seen in ("", before[0]["id"], before[-1]["id"]):
+            (told,) = read_events(live.client.get(story, headers={"Last-Event-ID": last_seen}).text)
+            assert (told["event"], told["data"]["state"], told["data"]["photos_deleted"]) == ("state", "succeeded", True)
+            assert told["data"]["result"] is None and "seed" not in json.dumps(told["data"])
+        assert read_events(live.client.get(story, headers={"Last-Event-ID": told["id"]}).text) == []
+
+
+def test_who_follows_a_running_job_hears_that_it_is_cancelled(gated: Live) -> None:
+    job = gated.post(prompt="bob", steps=5).json()["id"]
+    gated.wait(job, "running")
+    told = []
+    with gated.client.stream("GET", f"/api/v1/jobs/{job}/events") as answer:
+        for line in answer.iter_lines():
+            if line.startswith("event: progress"):
+                httpx.delete(f"http://127.0.0.1:{gated.port}/api/v1/jobs/{job}").raise_for_status()
+            elif line.startswith("event: state"):
+                gated.engine.gate.release()
+            elif line.startswith("data: "):
+                told.append(json.loads(line[6:]).get("state"))
+    assert told[-1] == "cancelled" and told[:2] == ["queued", "running"]
+    (left,) = read_events(gated.client.get(f"/api/v1/jobs/{job}/events").text)
+    assert left["data"]["state"] == "cancelled" and left["data"]["photos_deleted"]
+
+
+def test_an_upload_is_never_written_before_it_is_decoded(live: Live, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))  # whatever wants a temporary file fails
+    large = png(1200, 900)
+    assert len(large) > 2 * 2**20
+    job = live.post(target=large, reference=large, prompt="bob")
+    assert job.status_code == 202, job.text
+    assert live.client.post("/api/v1/preview", files={"target": large}).status_code == 200
+    assert live.post(target=large + bytes(30 * 2**20), prompt="bob").status_code == 413
 
 
 def test_ended_jobs_are_deleted_when_their_time_is_up(tmp_path: Path) -> None:

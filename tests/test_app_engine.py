@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from backend.app import engine_process
 from backend.app.engine import EngineDied, Finished, LocalEngine
 from backend.app.engine_process import ProcessEngine
 from backend.app.worker import ModelSlot
@@ -69,6 +70,23 @@ def test_a_model_that_does_not_load_says_why(tmp_path: Path) -> None:
     with pytest.raises(DeepHairError, match="weights hold NaN") as caught:
         ProcessEngine.start(app_config(tmp_path), app_standin.broken_model)
     assert (caught.value.code, caught.value.hint) == (InvalidArtifactError.code, "deploy another")
+
+
+def test_a_closed_process_ends_its_preview_and_then_in_order(tmp_path: Path) -> None:
+    config = app_config(tmp_path)
+    config.paths.jobs.mkdir()
+    engine = ProcessEngine.start(config, app_standin.slow_looker)
+    photo = picture(90, 70)
+    engine_process._send(engine._previews, {"shape": photo.shape}, [photo.tobytes()])
+    while not (config.paths.jobs / "begun").exists():
+        threading.Event().wait(0.005)
+    engine.close()
+    assert engine._process.exitcode == 0 and (config.paths.jobs / "looked").exists()
+
+
+def test_neither_process_leaves_an_image_of_its_memory(engine: ProcessEngine) -> None:
+    (limit,) = (line for line in Path(f"/proc/{engine.pid}/limits").read_text().splitlines() if line.startswith("Max core file size"))
+    assert limit.split()[4:6] == ["0", "0"]
 
 
 def test_a_killed_process_is_noticed_in_mid_job_and_another_takes_its_place(tmp_path: Path) -> None:

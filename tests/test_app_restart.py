@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import re
 import shutil
 import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -22,10 +24,11 @@ import redis
 
 from backend import artifacts
 from backend.app.api import create_app
-from backend.app.engine import LocalEngine
+from backend.app.engine import Finished, LocalEngine
 from backend.app.jobs import MAX_ATTEMPTS, JobStore, Progress, QueueFull, State, StoreError, open_store
 from backend.app.server import run_app
 from backend.app.sqlite_store import SqliteStore
+from backend.app.worker import ModelSlot, Worker
 from backend.errors import DeepHairError
 from backend.tryon.values import TryOnRequest
 from tests import app_standin
@@ -124,6 +127,90 @@ def test_a_killed_servers_jobs_are_queued_again_in_order_and_given_up_after_some
     store.release(taken)
     again = store.get(second.id)
     assert again is not None and (again.state, again.attempts) == (State.QUEUED, 0)
+
+
+def test_a_swept_jobs_words_are_in_no_file(tmp_path: Path) -> None:
+    store = SqliteStore(tmp_path / "jobs", 3, ignore)
+    store.add({"prompt": "a very private wish"}, {"target.png": b"1"})
+    taken = store.claim()
+    assert taken is not None and store.succeed(taken, {"info": "a private figure"}, {"result.png": b"2"})
+    written = lambda: b"".join(path.read_bytes() for path in (tmp_path / "jobs").rglob("*") if path.is_file())  # noqa: E731
+    assert b"private wish" in written() and b"private figure" in written()
+    assert store.sweep(time.time() + 1) == [taken.id]
+    assert b"private" not in written() and taken.id.encode() not in written()
+    store.close()
+
+
+def test_redis_keeps_no_event_of_an_erased_job_and_none_longer_than_the_jobs(redis_url: str, tmp_path: Path) -> None:
+    with serving(app_config(tmp_path, queue=redis_url)) as one, serving(app_config(tmp_path, queue=redis_url)) as other:
+        erased, kept = (one.post(prompt="bob", seed=seed).json()["id"] for seed in (4711, 4712))
+        for job in (erased, kept):
+            one.wait(job)
+        for server in (one, other):  # both have heard the whole story
+            for job in (erased, kept):
+                assert '"result": {' in server.client.get(f"/api/v1/jobs/{job}/events").text
+        one.client.delete(f"/api/v1/jobs/{erased}").raise_for_status()
+        deadline = time.monotonic() + 60
+        for server in (one, other):
+            while '"seed": 4711' in (story := server.client.get(f"/api/v1/jobs/{erased}/events").text):
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            assert story.count("event: ") == 1 and '"photos_deleted": true' in story
+            assert '"seed": 4712' in server.client.get(f"/api/v1/jobs/{kept}/events").text
+        queue = redis.Redis.from_url(redis_url)
+        stream = str(queue.xrange("deephair:events"))
+        assert '"seed": 4711' not in stream and erased in stream and '"seed": 4712' in stream
+        store = one.app.state.service.store
+        store.sweep(time.time() - 3600)
+        assert str(queue.xrange("deephair:events")) == stream  # nothing is as old as that
+        assert set(store.sweep(time.time() + 1)) == {erased, kept}
+        assert not [name for name in queue.keys("deephair:*") if name.startswith((b"deephair:job", b"deephair:f"))]
+        assert queue.xlen("deephair:events") == 0
+
+
+class Stuck:
+    """An engine that does not look whether it shall stop before ``go`` is set."""
+
+    bundle_sha256, header = "e" * 64, {"miniature": True}
+
+    def __init__(self) -> None:
+        self.go = threading.Event()
+
+    def run(self, *_: Any, **__: Any) -> Finished:
+        assert self.go.wait(60)
+        return Finished({"result.png": b"late"}, {"width": 1})
+
+    def close(self) -> None:
+        """Nothing is left."""
+
+
+def test_a_stop_in_mid_step_hands_the_job_back_as_no_attempt(new_store: Callable[[], JobStore], tmp_path: Path) -> None:
+    store, engine, changes = new_store(), Stuck(), []
+    slot = ModelSlot(app_config(tmp_path), lambda _: engine)  # type: ignore[arg-type, return-value]
+    slot.load()
+    job = store.add({"seed": 1}, {"target.png": b"1"})
+
+    def note_change(job_id: str) -> None:
+        changes.append(state_of(store, job_id))
+
+    worker = Worker(store, slot, note_change, lambda *_: None, lambda *_: None, threading.Event())
+    worker.start()
+    while store.count(State.RUNNING) == 0:
+        time.sleep(0.005)
+    worker.stop(0.05)
+    assert worker.is_alive() and state_of(store, job.id) == (State.QUEUED, 0) and changes == [(State.RUNNING, 1), (State.QUEUED, 0)]
+    engine.go.set()
+    worker.join(60)
+    assert not worker.is_alive() and state_of(store, job.id) == (State.QUEUED, 0)  # what comes late is not taken
+    assert store.read(job.id, "result.png") is None and store.read(job.id, "target.png") == b"1"
+    again = new_store().claim()
+    assert again is not None and (again.id, again.attempts) == (job.id, 1)
+
+
+def state_of(store: JobStore, job_id: str) -> tuple[State, int]:
+    job = store.get(job_id)
+    assert job is not None
+    return job.state, job.attempts
 
 
 def test_two_servers_share_a_redis(redis_url: str, tmp_path: Path) -> None:
@@ -289,6 +376,23 @@ def start_server(folder: Path, processes: Any, *, queue_size: int = 64, queue: s
                 return process, client
         assert time.monotonic() < deadline and process.is_alive()
         time.sleep(0.02)
+
+
+def test_a_started_server_keeps_photos_and_prompts_from_other_users(tmp_path: Path, processes: Any) -> None:
+    """Also in a folder that stands there with wider modes, as a lock or an earlier version left it."""
+    (tmp_path / "jobs").mkdir(mode=0o755)
+    process, client = start_server(tmp_path, processes)
+    try:
+        job = client.post("/api/v1/jobs", files={"target": png()}, data={"prompt": "bob"}).raise_for_status().json()["id"]
+        assert wait_for_end(client, job) == "succeeded"
+        limits = Path(f"/proc/{process.pid}/limits").read_text()
+        modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "jobs", *(tmp_path / "jobs").rglob("*"))}
+    finally:
+        process.terminate()
+        process.join()
+    assert re.search(r"Max core file size +0 +0 ", limits)  # a core dump would hold them, too
+    assert modes["jobs"] == modes[job] == 0o700
+    assert {"jobs.sqlite", "result.png", ".lock"} <= modes.keys() and all(mode & 0o077 == 0 for mode in modes.values()), modes
 
 
 def test_a_second_server_on_the_same_folder_is_refused(tmp_path: Path) -> None:

@@ -102,12 +102,17 @@ async def create_job(request: Request, response: Response, service: Server) -> J
         sampling_of(service.config.sample, options.steps, options.guidance, options.strength)
     except TryOnError as error:
         raise Problem.of(error) from error
-    photos = {TARGET_FILE: files["target"]} | ({REFERENCE_FILE: files["reference"]} if "reference" in files else {})
-    target, *others = await asyncio.gather(*map(service.decoder.as_png, photos.values()))  # side by side: a job waits for both
-    pictures = {name: kept.png for name, kept in zip(photos, (target, *others), strict=True)}
+    decoding = {TARGET_FILE: service.decoder.as_png(files["target"])}
+    if "reference" in files:
+        decoding[REFERENCE_FILE] = service.decoder.reference_as_png(files["reference"])
+    target, *others = await asyncio.gather(*decoding.values())  # side by side: a job waits for both
+    pictures = {name: kept.png for name, kept in zip(decoding, (target, *others), strict=True)}
     if "mask" in files:
         pictures[BRUSH_FILE] = await service.decoder.mask_as_png(files["mask"], target)
-    view = await run_in_threadpool(service.submit, options.model_dump(exclude_none=True), pictures)
+    settings = options.model_dump(exclude_none=True)
+    if "reference" in files and await run_in_threadpool(service.offered.holds, files["reference"]):
+        settings["remember"] = True  # the operator's picture; what a person brings is forgotten with the job
+    view = await run_in_threadpool(service.submit, settings, pictures)
     response.headers["Location"] = f"/api/v1/jobs/{view.id}"
     return view
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from backend.app.uploads import BRUSH_FILE, MASK_FILE, REFERENCE_FILE, RESULT_FILE, TARGET_FILE, Pixels
 from backend.errors import DeepHairError
-from backend.imaging.decode import ImageError, decode_png, encode_png
+from backend.imaging.decode import ImageError, decode_png, encode_png, stored_profile
 
 if TYPE_CHECKING:
     from backend.config import Config
@@ -77,8 +77,12 @@ class LocalEngine:
 
         failure: DeepHairError | None = None
         try:
-            result = self._tryon.run(_request(options, pictures), on_step=on_step, cancelled=cancelled)
-            made = {RESULT_FILE: encode_png(result.image, quick=True), MASK_FILE: encode_png(mask_to_bytes(result.mask), quick=True)}
+            request = _request(options, pictures)
+            result = self._tryon.run(request, on_step=on_step, cancelled=cancelled)
+            made = {
+                RESULT_FILE: encode_png(result.image, quick=True, profile=request.profile),
+                MASK_FILE: encode_png(mask_to_bytes(result.mask), quick=True),
+            }
             height, width = result.image.shape[:2]
             return Finished(made, {"width": width, "height": height, "bundle_sha256": self.bundle_sha256, "info": result.info})
         except Stopped:
@@ -105,9 +109,12 @@ def _request(options: Mapping[str, Any], pictures: Mapping[str, bytes]) -> TryOn
 
     try:
         decoded = {name: decode_png(content) for name, content in pictures.items()}
+        profile = stored_profile(pictures[TARGET_FILE])
     except ImageError as error:
         raise DeepHairError("the stored photo cannot be read back", hint="send it again", code="storage") from error
-    return TryOnRequest(target=decoded[TARGET_FILE], reference=decoded.get(REFERENCE_FILE), mask=decoded.get(BRUSH_FILE), **options)
+    return TryOnRequest(
+        target=decoded[TARGET_FILE], reference=decoded.get(REFERENCE_FILE), mask=decoded.get(BRUSH_FILE), profile=profile, **options
+    )
 
 
 def as_failure(error: Exception) -> DeepHairError:

@@ -25,6 +25,7 @@ from backend.app.engine import Cancelled, EngineDied, Finished, LocalEngine, OnS
 from backend.app.uploads import Pixels
 from backend.config import Config
 from backend.errors import DeepHairError
+from backend.machine import forbid_core_dumps
 from backend.tryon.values import Cancelled as Stopped
 from backend.tryon.values import FaceInfo, Preview
 
@@ -35,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 POLL_S = 0.05  # how often a running job asks whether it is cancelled, beside once a step
 CLOSE_S = 5.0
+END_S = 10.0  # that the child waits for its last preview; the server, where it lives, ends it after CLOSE_S
 NICENESS = 5  # answers to people come before painting where they share cores
 
 Message = tuple[dict[str, Any], list[bytes]]
@@ -158,7 +160,9 @@ def _checked(message: dict[str, Any]) -> dict[str, Any]:
 def _serve(config: Config, factory: Callable[[Config], TryOn], jobs: Connection, previews: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the server ends this process in its own order
     os.nice(NICENESS)
+    forbid_core_dumps()
     console.set_up_logging()
+    looking = None
     with contextlib.suppress(EOFError, OSError):  # the pipes end with the server
         try:
             engine = LocalEngine(factory(config))
@@ -167,11 +171,19 @@ def _serve(config: Config, factory: Callable[[Config], TryOn], jobs: Connection,
             _send_error(jobs, error if isinstance(error, DeepHairError) else DeepHairError(f"the model does not load: {error}"))
             return
         _send(jobs, {"bundle_sha256": engine.bundle_sha256, "header": engine.header})
-        threading.Thread(target=_serve_previews, args=(engine, previews), name="previews", daemon=True).start()
+        looking = threading.Thread(target=_serve_previews, args=(engine, previews), name="previews", daemon=True)
+        looking.start()
         while True:
-            message, blobs = _receive(jobs)
-            if "number" in message:  # else a cancellation that came when its job had ended
-                _serve_job(engine, jobs, message, blobs)
+            _serve_next(engine, jobs)
+    if looking is not None:  # an interpreter that ends under a thread in the networks' libraries is aborted by them
+        looking.join(END_S)
+
+
+def _serve_next(engine: LocalEngine, jobs: Connection) -> None:
+    """One message. In a function of its own, so that no photo stays referenced while the next message is waited for."""
+    message, blobs = _receive(jobs)
+    if "number" in message:  # else a cancellation that came when its job had ended
+        _serve_job(engine, jobs, message, blobs)
 
 
 def _serve_job(engine: LocalEngine, jobs: Connection, message: Mapping[str, Any], blobs: Sequence[bytes]) -> None:
@@ -202,13 +214,17 @@ def _serve_job(engine: LocalEngine, jobs: Connection, message: Mapping[str, Any]
 def _serve_previews(engine: LocalEngine, previews: Connection) -> None:
     with contextlib.suppress(EOFError, OSError):
         while True:
-            message, (pixels,) = _receive(previews)
-            try:
-                seen = engine.preview(np.frombuffer(pixels, np.uint8).reshape(message["shape"]))
-            except DeepHairError as error:
-                _send_error(previews, error)
-                continue
-            _send(previews, {"faces": [asdict(face) for face in seen.faces]}, [seen.hair_mask.tobytes()])
+            _look_next(engine, previews)
+
+
+def _look_next(engine: LocalEngine, previews: Connection) -> None:
+    message, (pixels,) = _receive(previews)
+    try:
+        seen = engine.preview(np.frombuffer(pixels, np.uint8).reshape(message["shape"]))
+    except DeepHairError as error:
+        _send_error(previews, error)
+        return
+    _send(previews, {"faces": [asdict(face) for face in seen.faces]}, [seen.hair_mask.tobytes()])
 
 
 def _send_error(connection: Connection, error: Exception, number: int = 0) -> None:

@@ -37,13 +37,17 @@ class _Log:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(flag.set)
 
+    def newest(self) -> int:
+        """The number of the last event, 0 where there is none."""
+        return self.events[-1].number if self.events else 0
+
 
 def _has_ended(log: _Log, number: int) -> bool:
-    return 0 < len(log.events) <= number and log.events[-1].last
+    return 0 < log.newest() <= number and log.events[-1].last
 
 
 class EventHub:
-    """One growing list of events per job. Thread-safe."""
+    """One growing list of events per job; it shrinks to one when the job is erased. Thread-safe."""
 
     def __init__(self) -> None:
         self._boot = secrets.token_hex(4)
@@ -57,9 +61,16 @@ class EventHub:
             log = self._logs.setdefault(job_id, _Log())
             if log.events and log.events[-1].last:
                 return False
-            log.events.append(Event(len(log.events) + 1, name, data, last))
+            log.events.append(Event(log.newest() + 1, name, data, last))
             log.wake()
             return True
+
+    def replace(self, job_id: str, name: str, data: dict[str, Any], *, last: bool = False) -> None:
+        """Drops what has been told of a job and tells this alone. Its number goes on from theirs, so that who follows hears it, too."""
+        with self._lock:
+            log = self._logs.setdefault(job_id, _Log())
+            log.events = [Event(log.newest() + 1, name, data, last)]
+            log.wake()
 
     def jobs(self) -> list[str]:
         """The ids of the jobs of which there are events."""
@@ -101,7 +112,7 @@ class EventHub:
             yield "retry: 2000\n\n"
             while True:
                 flag.clear()
-                for event in log.events[number:]:
+                for event in [event for event in log.events if event.number > number]:
                     yield self._text(event)
                     number = event.number
                     if event.last:

@@ -32,7 +32,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 ALIVE_S = 10  # a process that has not been heard of for so long is taken for dead
 BEAT_S = 2.0
 UNCLAIMED_S = 600  # a picture that no job came to own is gone after this
-EVENTS = 10_000  # kept for servers that were cut off for a moment
+EVENTS = 10_000  # kept at most, and no longer than the jobs, for servers that were cut off for a moment
 
 
 def _reported(method: F) -> F:
@@ -183,7 +183,18 @@ class RedisStore:
     def erase(self, job_id: str) -> Job | None:
         job = self.get(job_id)
         state = self._run("erase", job_id, job_id, time.time()) if job is not None else None
+        if state:
+            self._unpublish(job_id)
         return replace(job, state=State(state.decode())) if job is not None and state else None
+
+    def _unpublish(self, job_id: str) -> None:
+        """Takes the events of a job out of the stream: they hold its settings."""
+        start = "-"
+        while events := self._redis.xrange(f"{PREFIX}events", min=start, count=1000):
+            of_job = [number for number, fields in events if fields[b"job"].decode() == job_id]
+            if of_job:
+                self._redis.xdel(f"{PREFIX}events", *of_job)
+            start = f"({events[-1][0].decode()}"
 
     @_reported
     def read(self, job_id: str, name: str) -> bytes | None:
@@ -208,6 +219,8 @@ class RedisStore:
 
     @_reported
     def sweep(self, older_than: float) -> list[str]:
+        # a stream's ids begin with the time in ms; without this a quiet server would tell of its last jobs for ever
+        self._redis.xtrim(f"{PREFIX}events", minid=int(max(older_than, 0.0) * 1000), approximate=False)
         ids = [job_id.decode() for job_id in self._redis.zrangebyscore(f"{PREFIX}ended", "-inf", older_than)]
         return [job_id for job_id in ids if self._run("forget", job_id, job_id)]
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import socket
 import sys
+from collections.abc import Iterator
 from types import FrameType
 
 import uvicorn
@@ -16,7 +18,7 @@ from backend.app.api import create_app
 from backend.app.service import Service
 from backend.config import Config
 from backend.errors import DeepHairError, MissingInputError
-from backend.machine import give_memory_back
+from backend.machine import forbid_core_dumps, give_memory_back
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +50,7 @@ def run_app(config: Config, app: FastAPI) -> int:
     """``serve`` for an application that is made already."""
     service: Service = app.state.service
     give_memory_back()
+    forbid_core_dumps()
     listener = listen(config.app.host, config.app.port)
     port = listener.getsockname()[1]
     server = _Server(uvicorn_config(app), service)
@@ -56,11 +59,21 @@ def run_app(config: Config, app: FastAPI) -> int:
     sys.stdout.write(f"DeepHair is at http://{shown}:{port}  (stop with Ctrl-C)\n")
     sys.stdout.flush()
     alone = artifacts.folder_lock(config.paths.jobs) if config.app.queue == "sqlite" else contextlib.nullcontext()
-    with alone, listener, contextlib.suppress(KeyboardInterrupt):
+    with _private_files(), alone, listener, contextlib.suppress(KeyboardInterrupt):
         server.run(sockets=[listener])
     if service.load_error is not None:
         raise service.load_error
     return 0
+
+
+@contextlib.contextmanager
+def _private_files() -> Iterator[None]:
+    """What is written meanwhile, here and by the processes that are started, is readable by this user alone."""
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
 
 
 def uvicorn_config(app: FastAPI) -> uvicorn.Config:

@@ -13,6 +13,7 @@ from typing import Any
 
 from backend.app.engine import Engine, EngineDied
 from backend.app.events import EventHub
+from backend.app.gallery import Offered
 from backend.app.jobs import Job, Progress, QueueFull, State, StoreError, open_store
 from backend.app.problems import Problem
 from backend.app.schemas import JobView, ProgressView
@@ -36,7 +37,7 @@ class Service:
     def __init__(self, config: Config, factory: Callable[[Config], Engine]) -> None:
         self.config, self.settings = config, config.app
         self.metrics, self.hub, self.decoder = Metrics(), EventHub(), Decoder(config.app)
-        self.slot = ModelSlot(config, factory)
+        self.slot, self.offered = ModelSlot(config, factory), Offered(config.app.gallery)
         self.load_error: DeepHairError | None = None
         self.on_load_failed: Callable[[], None] = lambda: None
         self._previews = threading.Semaphore(MAX_WAITING_PREVIEWS)
@@ -69,8 +70,9 @@ class Service:
                 await asyncio.to_thread(self.store.close)
 
     def _heard(self, job_id: str, name: str, data: dict[str, Any], last: bool) -> None:
-        """What happened to a job, here or at another server."""
-        self.hub.publish(job_id, name, data, last=last)
+        """What happened to a job, here or at another server. Of an erased one nothing that was told before is kept."""
+        tell = self.hub.replace if data.get("photos_deleted") else self.hub.publish
+        tell(job_id, name, data, last=last)
         if name == "state" and data["state"] == State.QUEUED:
             self._wake.set()
 
@@ -159,6 +161,8 @@ class Service:
         elif not before.state.final:
             self.metrics.job(State.CANCELLED, time.time() - before.started if before.started else None)
             self.publish(job_id)
+        elif not before.erased:
+            self._announce(self.job(job_id))
 
     def picture(self, job_id: str, name: str) -> bytes:
         """A finished job's file. Problem 404, 409 or 410 when there is none."""

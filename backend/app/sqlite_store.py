@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import secrets
 import shutil
 import sqlite3
@@ -15,6 +16,8 @@ from typing import Any
 
 from backend import artifacts
 from backend.app.jobs import MAX_ATTEMPTS, Job, Listener, Progress, QueueFull, State, StoreError, crashed
+
+logger = logging.getLogger(__name__)
 
 _SCHEMA = """
 create table if not exists jobs (
@@ -51,13 +54,22 @@ def _job(row: tuple[Any, ...]) -> Job:
     )
 
 
+def _make_private(folder: Path) -> None:
+    """The folder with mode 0700, also where something else made it first."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        folder.chmod(0o700)
+    except OSError as error:  # another user's folder, or a file system without modes
+        logger.warning("%s holds people's photos and may be readable by other users: %s", folder, error.strerror)
+
+
 class SqliteStore:
     """All jobs below ``folder``; at most ``capacity`` of them wait at a time. One process at a time."""
 
     def __init__(self, folder: Path, capacity: int, listener: Listener) -> None:
         self._folder, self._capacity, self._listener = folder, capacity, listener
         self._mine: dict[str, Progress | None] = {}  # what this process runs; the rest that is marked running ran in one that died
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _make_private(folder)
         self._lock, self._swept = threading.RLock(), False
         self._db = sqlite3.connect(folder / "jobs.sqlite", check_same_thread=False, isolation_level=None)
         self._db.execute("pragma journal_mode=wal")
@@ -196,8 +208,12 @@ class SqliteStore:
             self._db.execute(query, (state, time.time(), job_id))
             self._mine.pop(job_id, None)
             shutil.rmtree(self._folder / job_id, ignore_errors=True)
-            self._db.execute("pragma wal_checkpoint(truncate)")  # else the prompt stays readable in the log file
+            self._empty_log()
             return job
+
+    def _empty_log(self) -> None:
+        """Moves what SQLite's log file holds into the table and cuts it: else deleted prompts stay readable in it."""
+        self._db.execute("pragma wal_checkpoint(truncate)")
 
     def read(self, job_id: str, name: str) -> bytes | None:
         if self.get(job_id) is None:  # only ids of known jobs become paths
@@ -230,6 +246,8 @@ class SqliteStore:
             for job_id in ids:
                 shutil.rmtree(self._folder / job_id, ignore_errors=True)
                 self._db.execute("delete from jobs where id = ?", (job_id,))
+            if ids:
+                self._empty_log()
             return ids
 
     def publish(self, job_id: str, name: str, data: dict[str, Any], *, last: bool = False) -> None:

@@ -126,11 +126,19 @@ class Worker(threading.Thread):
         self.seconds_per_job = 10.0  # smoothed; for the time that a refused client is asked to wait
 
     def stop(self, timeout_s: float) -> None:
-        """Ends the thread; the running job goes back to the queue. A thread that does not end in time is left to die with the process,
-        which the next start treats like a kill."""
+        """Ends the thread; the running job goes back to the queue, as no attempt. A thread that does not end in time (a step may take longer) is
+        left to die with the process; what it still reports of the job is refused."""
         self._stopping.set()
         self._wake.set()
         self.join(timeout_s)
+        job = self._claimed
+        if not self.is_alive() or job is None:
+            return
+        try:
+            self._store.release(job)
+            self._on_change(job.id)
+        except StoreError:
+            logger.exception("the running job could not be handed back; the next start counts this stop as an attempt")
 
     def run(self) -> None:
         """The thread: jobs in order until ``stop``."""

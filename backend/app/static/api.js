@@ -1,4 +1,5 @@
-// The server's HTTP contract, as functions. A failure is thrown as the server's problem: {code, detail, hint, retryAfter}.
+// The server's HTTP contract, as functions. A failure is thrown as the server's problem: {code, status, detail, hint, errors, retryAfter}.
+import { pause } from "./page.js";
 
 export class ProblemError extends Error {
   constructor(problem) {
@@ -30,9 +31,37 @@ async function request(path, options = {}) {
     throw new ProblemError({ code: "network" });
   }
   if (response.ok) return response;
-  const problem = await response.json().catch(() => ({ code: "internal", detail: response.statusText }));
+  const problem = await problemIn(response);
   if (response.status === 401 && (storedKey() !== key || (await newKey()))) return request(path, options);
-  throw new ProblemError({ ...problem, retryAfter: response.headers.get("Retry-After") });
+  throw new ProblemError({ ...problem, status: response.status, retryAfter: response.headers.get("Retry-After") });
+}
+
+// What is no problem of the server comes from a proxy before it, which cannot reach it.
+async function problemIn(response) {
+  const told = await response.json().catch(() => null);
+  if (told?.code) return told;
+  return { code: response.status === 413 ? "upload_too_large" : "network", detail: response.statusText };
+}
+
+const TRIES = 20; // over some four minutes
+
+// Whether a failure says nothing about what was asked for: the server, or the way to it, is away for a moment.
+function passes(error) {
+  return !(error instanceof ProblemError) || error.problem.code === "network" || [502, 503, 504].includes(error.problem.status);
+}
+
+const betweenTries = (failures) => pause(Math.min(15000, 1500 * failures));
+
+// Does again what fails for a moment. Throws what stays.
+export async function patiently(work) {
+  for (let failures = 1; ; failures += 1) {
+    try {
+      return await work();
+    } catch (error) {
+      if (!passes(error) || failures > TRIES) throw error;
+    }
+    await betweenTries(failures);
+  }
 }
 
 async function newKey() {
@@ -59,16 +88,23 @@ export const preview = (file, signal) => json("/api/v1/preview", { method: "POST
 export const createJob = (fields) => json("/api/v1/jobs", { method: "POST", body: form(fields) });
 export const readJob = (id) => json(`/api/v1/jobs/${id}`);
 export const deleteJob = (id) => request(`/api/v1/jobs/${id}`, { method: "DELETE" });
-export const result = (id) => blob(`/api/v1/jobs/${id}/result`);
+export const result = (id) => patiently(() => blob(`/api/v1/jobs/${id}/result`));
 
-const FINAL = ["succeeded", "failed", "cancelled"];
+export const FINAL = ["succeeded", "failed", "cancelled"];
 
 // Follows a job to its end, calling onState(job) and onProgress(progress); returns the ended job. fetch instead of EventSource, because
-// EventSource cannot send a key. A broken stream is taken up again where it stopped.
+// EventSource cannot send a key. A broken stream is taken up again where it stopped, and the job itself is read meanwhile: where a proxy keeps
+// streams back, it still ends here.
 export async function follow(id, onState, onProgress) {
   let lastId = null;
-  for (let failures = 0; failures < 20; failures += 1) {
+  for (let failures = 0; ; ) {
     try {
+      if (failures) {
+        const job = await readJob(id);
+        if (FINAL.includes(job.state)) return job;
+        if (job.progress) onProgress(job.progress);
+        else onState(job);
+      }
       const response = await request(`/api/v1/jobs/${id}/events`, { headers: lastId ? { "Last-Event-ID": lastId } : {} });
       for await (const event of events(response.body)) {
         failures = 0;
@@ -79,12 +115,13 @@ export async function follow(id, onState, onProgress) {
           if (FINAL.includes(event.data.state)) return event.data;
         }
       }
+      failures = 1; // the server answers, so the job is not given up
     } catch (error) {
-      if (error instanceof ProblemError && error.problem.code !== "network") throw error;
+      failures += 1;
+      if (!passes(error) || failures > TRIES) throw error;
     }
-    await new Promise((resume) => setTimeout(resume, 1500));
+    await betweenTries(failures);
   }
-  return readJob(id);
 }
 
 async function* events(stream) {

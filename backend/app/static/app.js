@@ -2,10 +2,10 @@
 import * as api from "./api.js";
 import { currentLanguage, setLanguage, t } from "./i18n.js";
 import { readOffers } from "./offers.js";
-import { $, announce, note, pause, problemOf, radios, say, sayAgain, segments } from "./page.js";
+import { $, announce, note, pause, problemOf, problemText, radios, say, sayAgain, segments } from "./page.js";
 import { forgetPhotos, offerGallery, offerMask, onPhotoChange, photoFields, reference, target } from "./photos.js";
-import { clearStage, describeStage, expect, hideProblem, showProblem } from "./stage.js";
-import { cancel, eraseAll, tryOn } from "./tryon.js";
+import { clearStage, describeStage, expect, hideProblem, MOST, showProblem } from "./stage.js";
+import { cancel, eraseAll, remembered, takeUp, tryOn } from "./tryon.js";
 import { offerSampling, offerWishes, sayAnything, wishes } from "./wish.js";
 
 const LAST_SEED = 2 ** 32 - 1;
@@ -46,20 +46,35 @@ async function start() {
   if (!reference.file && !sayAnything(wanted)) return refuse("needWish", "reference");
   hint("private");
   hideProblem();
-  $("start").disabled = true;
   const seeds = Array.from({ length: count }, (_, index) => wrapped(firstSeed() + index));
   const shots = expect(seeds, URL.createObjectURL(target.file));
   const below = matchMedia("(max-width: 939px)").matches; // style.css puts the stage beside the form from there on
   $("stage").scrollIntoView({ behavior: "smooth", block: below ? "start" : "nearest" });
   $("stage").focus({ preventScroll: true });
+  await alone(async () => {
+    const { taken, refusal } = await tryOn({ ...(await photoFields()), ...wanted }, shots);
+    if (!taken || !refusal) return;
+    say("hint", () => ($("hint").textContent = t("notAll", { ready: taken, count: seeds.length, reason: problemText(refusal) })));
+  });
+}
+
+// One run at a time.
+async function alone(work) {
+  $("start").disabled = true;
   try {
-    const taken = await tryOn({ ...(await photoFields()), ...wanted }, shots);
-    if (taken && taken < seeds.length) say("hint", () => ($("hint").textContent = t("notAll", { ready: taken, count: seeds.length })));
+    await work();
   } catch (error) {
     showProblem(problemOf(error));
   } finally {
     $("start").disabled = false;
   }
+}
+
+// Goes on with what this tab had begun before the page was loaded again. The photo itself is not kept anywhere, so the picture stands alone.
+async function resume() {
+  const jobs = (await remembered()).slice(0, MOST);
+  if (!jobs.length || $("start").disabled) return;
+  await alone(() => takeUp(jobs, expect(jobs.map(() => null), null)));
 }
 
 function refuse(key, field) {
@@ -158,3 +173,4 @@ setTheme(localStorage.getItem("deephair-theme"));
 speak(localStorage.getItem("deephair-language") ?? (navigator.language.startsWith("vi") ? "vi" : "en"));
 watchModels();
 askOffers();
+resume().catch((error) => showProblem(problemOf(error)));

@@ -21,7 +21,15 @@ export function word(table, key, otherwise = key) {
 
 // A person's sentence for a problem of the server; what the table does not know is shown as the server says it.
 export function errorText(problem) {
+  const named = (problem.errors ?? []).map(({ field }) => fieldName(field));
+  if (problem.code === "invalid_form" && named.length) return t("badFields", { fields: named.join(", ") });
   return word("errors", problem.code, [problem.detail ?? problem.message, problem.hint].filter(Boolean).join(" "));
+}
+
+// What the form calls a field of the server's.
+function fieldName(field) {
+  const words = LANGUAGES[language];
+  return words[field] ?? words[`pick_${field}`] ?? field;
 }
 
 export function setLanguage(chosen) {

@@ -15,7 +15,7 @@ export function makeSlider(root) {
 
   // The handle stands where "after" begins, so the share of the new picture is what lies to the right of it.
   function describe() {
-    root.querySelector(".before").alt = t("beforePhoto");
+    root.querySelector(".before").alt = root.classList.contains("alone") ? "" : t("beforePhoto");
     root.querySelector(".after").alt = t("afterPhoto");
     handle.setAttribute("aria-valuenow", String(Math.round(position)));
     handle.setAttribute("aria-valuetext", t("showing", { percent: Math.round(100 - position) }));
@@ -44,8 +44,10 @@ export function makeSlider(root) {
   });
 
   return {
+    // before: null where only the picture is there; it then stands alone.
     show(before, after) {
-      root.querySelector(".before").src = before;
+      root.classList.toggle("alone", !before);
+      root.querySelector(".before").src = before ?? after;
       root.querySelector(".after").src = after;
       moveTo(50);
     },

@@ -3,9 +3,10 @@ import { t } from "./i18n.js";
 import { $, make, problemText, say, segments } from "./page.js";
 import { makeSlider } from "./slider.js";
 
-const MOST = 12; // pictures that are kept; the oldest goes first
+export const MOST = 12; // pictures that are kept; the oldest goes first
 
-// A shot is {number, seed, before, url}: before and url are the photo's and the picture's addresses, url is null until it is there.
+// A shot is {number, seed, before, url}: before and url are the photo's and the picture's addresses. url is null until it is there; before is
+// null, and so is seed until then, where an earlier load of the page began it.
 let shots = [];
 let count = 0; // of all shots that there ever were
 let chosen = null;
@@ -23,7 +24,8 @@ export function expect(seeds, before) {
   shots = [...kept, ...fresh];
   chosen = null;
   view = "compare";
-  $("waiting-photo").src = before;
+  if (before) $("waiting-photo").src = before;
+  else $("waiting-photo").removeAttribute("src");
   render();
   return fresh;
 }
@@ -58,7 +60,7 @@ export function clearStage() {
 function release(old, kept = []) {
   for (const { url, before } of old) {
     if (url) URL.revokeObjectURL(url);
-    if (!kept.some((shot) => shot.before === before)) URL.revokeObjectURL(before);
+    if (before && !kept.some((shot) => shot.before === before)) URL.revokeObjectURL(before);
   }
 }
 
@@ -66,6 +68,7 @@ function choose(shot) {
   chosen = shot;
   if (shot) {
     slider.show(shot.before, shot.url);
+    $("slider-note").hidden = !shot.before;
     $("download").href = shot.url;
     $("download").download = `deephair-${shot.seed}.png`;
   }
@@ -76,7 +79,7 @@ function render() {
   const ready = shots.filter(({ url }) => url);
   const sheet = view === "sheet" && ready.length > 1;
   $("empty").hidden = Boolean(chosen) || working;
-  $("waiting").hidden = Boolean(chosen) || !working;
+  $("waiting").hidden = Boolean(chosen) || !working || !$("waiting-photo").hasAttribute("src");
   $("compare").hidden = !chosen || sheet;
   $("sheet").hidden = !sheet;
   $("running").hidden = !working;
@@ -86,7 +89,7 @@ function render() {
   $("variants").querySelector(".segments").hidden = ready.length < 2;
   pressView(sheet ? "sheet" : "compare");
   say("tiles", () => $("tiles").replaceChildren(...shots.map(tile)));
-  if (sheet) say("sheet", () => $("sheet").replaceChildren(figure(chosen.before, t("before")), ...ready.map(sheetItem)));
+  if (sheet) say("sheet", () => $("sheet").replaceChildren(...before(), ...ready.map(sheetItem)));
 }
 
 function tile(shot) {
@@ -101,6 +104,8 @@ function tile(shot) {
   });
   return make("li", {}, button);
 }
+
+const before = () => (chosen.before ? [figure(chosen.before, t("before"))] : []);
 
 function figure(url, caption) {
   return make("li", {}, make("figure", {}, make("img", { src: url, alt: "" }), make("figcaption", { textContent: caption })));

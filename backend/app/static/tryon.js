@@ -7,7 +7,7 @@ import { arrive, drop, setWorking, showProblem } from "./stage.js";
 const STORE = "deephair-jobs";
 // The jobs of this tab whose photos the server may still have; they outlive a reload, so that they can be deleted after it.
 const mine = new Set(JSON.parse(sessionStorage.getItem(STORE) ?? "[]"));
-let run = null; // {jobs by shot, count of variants, cancelled, refused}
+let run = null; // {jobs by shot, count of variants, cancelled, refusal: the problem of the first that was not taken}
 
 function remember(id) {
   mine.add(id);
@@ -25,29 +25,68 @@ function store() {
 }
 store();
 
-// Sends a job for each shot and shows what comes; gives how many were taken. Where the first is refused, its problem is shown.
+// Sends a job for each shot and shows what comes; gives {taken: how many were, refusal: why not all}. Where the first is refused, its problem
+// is shown.
 export async function tryOn(fields, shots) {
-  run = { jobs: new Map(), count: shots.length, cancelled: false, refused: false };
-  setWorking(true);
-  progress(null, () => t("sending"));
-  try {
+  return running(shots.length, async () => {
+    progress(null, () => t("sending"));
     let last = Promise.resolve();
     const sending = shots.map((shot) => (last = last.then(() => send(shot, fields))));
-    for (const [index, shot] of shots.entries()) {
-      const job = await sending[index];
-      if (job) await follow(shot, job, index + 1);
-    }
-    return run.jobs.size;
+    await followAll(shots, sending);
+    return { taken: run.jobs.size, refusal: run.cancelled ? null : run.refusal };
+  });
+}
+
+async function running(count, work) {
+  run = { jobs: new Map(), count, cancelled: false, refusal: null };
+  setWorking(true);
+  try {
+    return await work();
   } finally {
     setWorking(false);
     run = null;
   }
 }
 
+// jobs: one for each shot, or a promise of it.
+async function followAll(shots, jobs) {
+  for (const [index, shot] of shots.entries()) {
+    const job = await jobs[index];
+    if (job) await follow(shot, job, index + 1);
+  }
+}
+
+// ---- what an earlier load of the page began ----
+
+// The remembered jobs that there is something of to show or to follow, the ready ones first; what the server does not have any more is
+// forgotten. Throws the server's problem.
+export async function remembered() {
+  const jobs = [];
+  for (const id of [...mine]) {
+    const job = await api.patiently(() => api.readJob(id)).catch(noneIfGone);
+    if (!job || job.photos_deleted) forget(id);
+    else if (job.state === "succeeded" || !api.FINAL.includes(job.state)) jobs.push(job);
+  }
+  return jobs.sort((one, other) => (other.state === "succeeded") - (one.state === "succeeded"));
+}
+
+function noneIfGone(error) {
+  if (error.problem?.code !== "not_found") throw error;
+  return null;
+}
+
+// Shows and follows jobs of which ``remembered`` told.
+export async function takeUp(jobs, shots) {
+  return running(shots.length, () => {
+    for (const [index, shot] of shots.entries()) run.jobs.set(shot, jobs[index]);
+    return followAll(shots, jobs);
+  });
+}
+
 // Gives the job, or null where it, or one before it, was refused.
 async function send(shot, fields) {
   try {
-    if (!run.refused && !run.cancelled) {
+    if (!run.refusal && !run.cancelled) {
       const job = await api.createJob({ ...fields, seed: shot.seed });
       remember(job.id);
       run.jobs.set(shot, job);
@@ -55,8 +94,8 @@ async function send(shot, fields) {
       return job;
     }
   } catch (error) {
-    run.refused = true;
-    if (!run.jobs.size) showProblem(problemOf(error));
+    run.refusal = problemOf(error);
+    if (!run.jobs.size || run.cancelled) showProblem(run.refusal);
   }
   run.count = run.jobs.size;
   drop(shot);
@@ -71,6 +110,7 @@ async function follow(shot, job, number) {
       (step) => showStep(step, number),
     );
     if (ended.state === "succeeded") {
+      shot.seed ??= ended.result.info.seed ?? shot.number;
       arrive(shot, await api.result(job.id));
       announce(t("ready"));
       return;
@@ -118,11 +158,7 @@ function progress(fraction, text) {
 // ---- cancel and deletion ----
 
 async function erase(id) {
-  try {
-    await api.deleteJob(id);
-  } catch (error) {
-    if (error.problem?.code !== "not_found") throw error; // its time was up already
-  }
+  await api.deleteJob(id).catch(noneIfGone); // its time may be up already
   forget(id);
 }
 
