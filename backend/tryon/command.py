@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from backend import artifacts, console
 from backend.config import Config
 from backend.errors import DeepHairError, MissingInputError, UsageError
-from backend.imaging.decode import decode_mask, decode_upload, encode_png
+from backend.imaging.decode import Photo, decode_mask, decode_portrait, decode_reference, encode_png
 from backend.tryon.pipeline import TryOn, TryOnRequest
 from backend.tryon.values import sampling_of
 
@@ -29,7 +29,7 @@ def try_on_files(config: Config, options: argparse.Namespace) -> int:
     PHOTO may be a folder: each picture in it is done, OUT is the folder of the results, and a photo that cannot be worked with is named
     and skipped (exit code 3). Raises UsageError, MissingInputError, ImageError, TryOnError.
     """
-    reference = _read(options.reference, config) if options.reference else None
+    reference = decode_reference(_bytes(options.reference), max_pixels=_max_pixels(config)) if options.reference else None
     if Path(options.photo).is_dir():
         return _try_on_folder(config, options, reference)
     request = _request(options, config, _read(options.photo, config), reference)
@@ -68,12 +68,13 @@ def _paint(tryon: TryOn, config: Config, options: argparse.Namespace, request: T
     result = tryon.run(request, on_step=lambda done, total: progress.update())
     if options.json:
         sys.stderr.write(json.dumps(result.info) + "\n")
-    return encode_png(result.image)
+    return encode_png(result.image, profile=request.profile)
 
 
-def _request(options: argparse.Namespace, config: Config, target: NDArray[np.uint8], reference: NDArray[np.uint8] | None) -> TryOnRequest:
+def _request(options: argparse.Namespace, config: Config, target: Photo, reference: NDArray[np.uint8] | None) -> TryOnRequest:
     return TryOnRequest(
-        target=target,
+        target=target.pixels,
+        profile=target.profile,
         reference=reference,
         prompt=options.prompt or None,
         seed=options.seed,
@@ -94,8 +95,8 @@ def _max_pixels(config: Config) -> int:
     return int(config.app.max_megapixels * 1e6)
 
 
-def _read(name: str, config: Config) -> NDArray[np.uint8]:
-    return decode_upload(_bytes(name), max_pixels=_max_pixels(config))
+def _read(name: str, config: Config) -> Photo:
+    return decode_portrait(_bytes(name), max_pixels=_max_pixels(config))
 
 
 def _bytes(name: str) -> bytes:

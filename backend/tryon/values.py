@@ -25,7 +25,8 @@ class Cancelled(Exception):
 class TryOnError(DeepHairError):
     """A photo that cannot be worked with, in words.
 
-    Codes: no_face, many_faces, too_small, side_view, no_hair, flat_output, nothing_to_try, mask_size, empty_mask, few_step.
+    Codes: no_face, many_faces, too_small, side_view, no_hair, no_own_hair, flat_output, unchanged, nothing_to_try, mask_size, empty_mask,
+    few_step.
     """
 
 
@@ -36,7 +37,8 @@ class TryOnRequest:
     face: index into the preview's faces. mask: (H, W) uint8 of the target's size, zero where nothing may change; it replaces the
     automatic edit region. mode: ``full`` takes the wanted hair whole, ``colour`` only its colour, ``shape`` all but its colour
     (``finishing``). strength: 0..1, see ``sampling.sample``. length, curl, color, bangs: keys of ``prompts.choices()``. profile: the ICC profile
-    of target's numbers, which is the result's, too; None for sRGB. reference is sRGB.
+    of target's numbers, which is the result's, too; None for sRGB. reference is sRGB. remember: whether what the networks make of the
+    reference may outlive the request; only for a picture that is offered to everybody, never for a person's own.
     """
 
     target: NDArray[np.uint8]
@@ -54,6 +56,7 @@ class TryOnRequest:
     color: str | None = None
     bangs: str | None = None
     profile: bytes | None = None
+    remember: bool = False
 
     def words(self) -> str:
         """The whole prompt: the attributes in Stage 0's own phrases, then the free words. Raises UsageError for an unknown attribute."""
