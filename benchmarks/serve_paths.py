@@ -188,7 +188,7 @@ def references(config: Config, options: argparse.Namespace, target: NDArray[np.u
     tryon = TryOn.load(config)
 
     def again() -> None:
-        tryon.run(TryOnRequest(target, reference, steps=options.steps))
+        tryon.run(TryOnRequest(target, reference, steps=options.steps, remember=True))
 
     def first() -> None:
         tryon._references = Remembered(REFERENCES)

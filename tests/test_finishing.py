@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import cv2
 import numpy as np
 import pytest
 
-from backend.imaging import crop
+from backend.imaging import crop, masks
 from backend.imaging.decode import ImageError, decode_mask, encode_png
 from backend.imaging.recolour import colour_statistics, recoloured
-from backend.tryon.finishing import Head, Painted, finish
+from backend.tryon.finishing import Painted, finish, require_hair
+from backend.tryon.heads import Head
 from backend.tryon.values import TryOnError
 
 SQUARE, SIDE = crop.Square(200, -50, 800), 128
@@ -34,7 +37,8 @@ def photo(hair: np.ndarray) -> np.ndarray:
 @pytest.fixture(scope="module")
 def head(photo: np.ndarray, hair: np.ndarray) -> Head:
     native = crop.crop_square(photo, SQUARE)
-    return Head(SQUARE, crop.resize(native, SIDE), native, crop.crop_square(hair, SQUARE), (50.0, 50.0, 80.0, 90.0))
+    found = crop.crop_square(hair, SQUARE)
+    return Head(SQUARE, crop.resize(native, SIDE), native, found, np.zeros_like(found), np.full_like(found, 255), (50.0, 50.0, 80.0, 90.0))
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +48,7 @@ def painted() -> Painted:
     picture = rng.integers(90, 130, (SIDE, SIDE, 3), dtype=np.uint8)
     mask = cv2.ellipse(np.zeros((SIDE, SIDE), np.uint8), (64, 64), (40, 60), 0, 0, 360, 255, -1)
     picture[mask > 0] = GOLD + rng.integers(-20, 20, (int((mask > 0).sum()), 1))
-    return Painted(picture, mask, np.full((SIDE, SIDE), 255, np.uint8))
+    return Painted(picture, mask, np.zeros_like(mask), np.full_like(mask, 255))
 
 
 @pytest.mark.parametrize(("mode", "colour"), [("full", GOLD), ("colour", GOLD), ("shape", np.full(3, DARK))])
@@ -70,12 +74,23 @@ def test_colour_only_keeps_every_stripe_and_the_outline(photo: np.ndarray, hair:
 
 def test_a_partial_mode_without_hair_says_so(photo: np.ndarray, head: Head, painted: Painted) -> None:
     none = np.zeros_like(painted.hair)
-    bald = Head(head.square, head.photo, head.native, np.zeros_like(head.hair), head.face_box)
     for mode in ("colour", "shape"):
-        for one, other in ((bald, painted), (head, Painted(painted.picture, none, painted.region))):
-            with pytest.raises(TryOnError) as caught:
-                finish(photo, one, other, mode=mode, feather=0.02, chosen=None)  # type: ignore[arg-type]
-            assert caught.value.code == "no_hair" and caught.value.hint
+        with pytest.raises(TryOnError) as caught:
+            finish(photo, head, replace(painted, hair=none), mode=mode, feather=0.02, chosen=None)  # type: ignore[arg-type]
+        assert caught.value.code == "no_hair" and caught.value.hint
+    with pytest.raises(TryOnError) as caught:
+        require_hair(none, "your photo", "colour", code="no_own_hair")
+    assert caught.value.code == "no_own_hair"
+    require_hair(painted.hair, "your photo", "colour", code="no_own_hair")
+
+
+@pytest.mark.parametrize("stroke", [3, 6, 24])
+def test_a_thin_stroke_of_the_brush_is_painted_all_the_same(photo: np.ndarray, head: Head, painted: Painted, stroke: int) -> None:
+    chosen = np.zeros(photo.shape[:2], np.uint8)
+    cv2.line(chosen, (500, 200), (700, 200), 255, stroke)
+    region = masks.any_coverage(crop.crop_square(chosen, SQUARE), SIDE)
+    done = finish(photo, head, replace(painted, region=region), mode="full", feather=0.05, chosen=chosen)
+    assert done.mask.max() > 0.5 and not done.mask[chosen == 0].any()
 
 
 def test_recolouring_moves_mean_and_spread_and_bounds_the_gain() -> None:

@@ -1,6 +1,7 @@
 """Image work: decoding within bounds, the crop, masks, the bald image, patches and the paste-back."""
 
 import io
+import tracemalloc
 
 import cv2
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 from backend.config import load_config
 from backend.imaging import bald, composite, crop, masks, patches
 from backend.imaging.decode import ImageError, decode_stored, decode_upload, encode_png
+from backend.imaging.uncover import uncovered
 
 FACE = (50.0, 44.0, 78.0, 82.0)
 
@@ -327,6 +329,42 @@ def test_specks_of_a_parsed_hairstyle_go_and_its_parts_stay() -> None:
     assert not masks.without_specks(np.zeros((9, 9), np.uint8)).any()
 
 
+def _scene_of_removed_hair() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Photo with long dark hair before a green wall, the painting of short red hair whose made-up wall is pink, the hair of both, the skin."""
+    side, wall, skin = 128, np.array([90, 140, 90]), np.array([210, 160, 130])
+    long, short, face = (np.zeros((side, side), np.uint8) for _ in range(3))
+    cv2.rectangle(long, (34, 20), (94, 110), 255, -1)
+    cv2.ellipse(short, (64, 40), (32, 24), 0, 180, 360, 255, -1)
+    cv2.ellipse(face, (64, 56), (16, 22), 0, 0, 360, 255, -1)
+    long[face > 0] = 0
+    photo = np.broadcast_to(wall, (side, side, 3)).copy()
+    photo[long > 0], photo[face > 0] = (30, 20, 15), skin
+    painted = np.broadcast_to(np.array([200, 140, 170]), (side, side, 3)).copy()
+    painted[short > 0], painted[face > 0] = (180, 40, 20), skin
+    return photo.astype(np.uint8), painted.astype(np.uint8), long, short, face
+
+
+def test_what_old_hair_uncovers_looks_like_the_wall_beside_it() -> None:
+    photo, painted, long, short, face = _scene_of_removed_hair()
+    done = uncovered(photo, painted, long, short, face, face)
+    bare = (masks.shrink(long, 3) > 0) & (masks.grow(np.maximum(short, face), 5) == 0)
+    assert bare.sum() > 1000 and np.abs(done[bare].astype(int) - (90, 140, 90)).max() <= 6, "the painting's pink was 110 levels off"
+    hair = masks.shrink(np.where(face > 0, 0, short).astype(np.uint8), 3) > 0
+    assert np.abs(done[hair].astype(int) - painted[hair]).max() <= 2, "new hair stays as it is painted"
+    middle = masks.shrink(face, 6) > 0
+    assert np.abs(done[middle].astype(int) - photo[middle]).mean() < 25, "skin is not painted over with wall"
+
+
+def test_without_old_hair_nothing_is_uncovered_and_other_sides_agree() -> None:
+    photo, painted, long, short, face = _scene_of_removed_hair()
+    assert np.array_equal(uncovered(photo, painted, np.zeros_like(long), short, face, face), painted)
+    small = uncovered(photo, painted, long, short, face, face)
+    larger = [cv2.resize(one, (512, 512), interpolation=cv2.INTER_CUBIC if one.ndim == 3 else cv2.INTER_NEAREST) for one in (photo, painted, long, short, face)]  # fmt: skip
+    large = uncovered(*larger, larger[-1])
+    bare = (masks.shrink(long, 3) > 0) & (masks.grow(np.maximum(short, face), 5) == 0)
+    assert np.abs(crop.resize(large, 128)[bare].astype(int) - small[bare]).max() <= 6
+
+
 # ---- patches ----
 
 
@@ -354,6 +392,33 @@ def test_the_style_picture_shows_hair_only() -> None:
 
 
 # ---- composite ----
+
+
+def test_the_squares_edge_inside_the_photo_is_soft_and_at_its_border_is_not() -> None:
+    """New hair that leaves the square ended in a straight line across the clothes."""
+    original, generated = np.zeros((400, 200, 3), np.uint8), np.full((128, 128, 3), 255, np.uint8)
+    region = np.full((128, 128), 255, np.uint8)
+    pasted = composite.paste_back(original, generated, region, crop.Square(0, 0, 200), 0.05)
+    column = pasted.mask[:, 100]
+    assert column[0] > 0.999 and column[150] > 0.999 and column[199] < 0.1, "the upper edge is the photo's own"
+    assert np.abs(np.diff(column)).max() < 0.35
+
+
+def test_a_square_many_times_the_frame_costs_no_more_than_the_frame() -> None:
+    """And lays every pixel where a small one does: the same region of the same size, cut out of a larger square."""
+    original = _noise(90, 5)
+    region, painted = np.zeros((128, 128), np.uint8), _noise(128, 6)
+    region[40:80, 30:90] = 255
+    tracemalloc.start()
+    pasted = composite.paste_back(original, painted, region, crop.Square(-9000, -9000, 20_000), 0.02)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**23, "a square of 400 megapixels"
+    assert np.array_equal(pasted.image[pasted.mask == 0], original[pasted.mask == 0])
+    whole = cv2.resize(painted, (512, 512), interpolation=cv2.INTER_CUBIC)
+    ours = composite.paste_back(np.zeros((512, 512, 3), np.uint8), painted, region, crop.Square(0, 0, 512), 0.0)
+    inside = ours.mask == 1
+    assert inside.any() and np.abs(ours.image[inside].astype(int) - whole[inside]).max() <= 3
 
 
 @settings(max_examples=60, deadline=None)

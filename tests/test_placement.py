@@ -153,16 +153,16 @@ def test_the_last_values_are_remembered_and_no_more() -> None:
     assert value("b") == "B" and made == ["a", "b", "c", "b"]
 
 
-def test_a_reference_is_looked_at_once_and_its_picture_is_the_same(config: Config) -> None:
+def test_an_offered_reference_is_looked_at_once_and_its_picture_is_the_same(config: Config) -> None:
     tryon, target = TryOn.load(config), _portrait(7)
-    parsed: list[tuple[int, ...]] = []
-    hair = tryon._parser.hair
-    tryon._parser.hair = lambda image: parsed.append(image.shape) or hair(image)  # type: ignore[method-assign,func-returns-value]
-    first = tryon.run(TryOnRequest(target, _portrait(11), seed=3)).image
-    looks = len(parsed)
-    assert np.array_equal(first, tryon.run(TryOnRequest(target, _portrait(11), seed=3)).image)
-    assert len(parsed) - looks == looks - 2  # not the two of the reference
-    other = tryon.run(TryOnRequest(target, _portrait(12), seed=3)).image
+    looked: list[tuple[int, ...]] = []
+    look = tryon.style_picture
+    tryon.style_picture = lambda photo: looked.append(photo.shape) or look(photo)  # type: ignore[method-assign,func-returns-value]
+    offered, own = (TryOnRequest(target, _portrait(11), seed=3, remember=remember) for remember in (True, False))
+    first = tryon.run(offered).image
+    assert np.array_equal(first, tryon.run(offered).image) and len(looked) == 1
+    assert np.array_equal(first, tryon.run(own).image) and len(looked) == 2  # a person's own is forgotten with its job
+    other = tryon.run(TryOnRequest(target, _portrait(12), seed=3, remember=True)).image
     assert not np.array_equal(first, other)
     assert np.array_equal(other, TryOn.load(config).run(TryOnRequest(target, _portrait(12), seed=3)).image)
 

@@ -16,6 +16,7 @@ import torch
 from fastapi.testclient import TestClient
 from PIL import Image
 
+from backend.app.engine import LocalEngine
 from backend.config import Config
 from backend.demo.portraits import render, sample_hairstyle, sample_identity, sample_scene
 from backend.errors import UsageError
@@ -23,6 +24,7 @@ from backend.imaging.decode import decode_upload, encode_png
 from backend.training.data_processing.prompts import NEUTRAL_PROMPT, prompt_from_choice
 from backend.tryon.pipeline import TryOn
 from backend.tryon.values import Cancelled, TryOnError, TryOnRequest
+from tests.app_standin import serving
 from tests.conftest import World
 
 SIZE = (1100, 1500)  # height, width
@@ -68,6 +70,7 @@ def test_outside_the_feathered_mask_every_byte_is_the_uploads(tryon: TryOn, uplo
     assert (result.image != upload).any(axis=2)[result.mask > 0.9].mean() > 0.5
     assert steps == [(n, 3) for n in (1, 2, 3)]
     assert result.info["bundle_sha256"] == tryon.bundle_sha256
+    assert not any("face" in name or "landmark" in name for name in result.info)  # it is stored, and faces' measurements are not
 
 
 def test_equal_seeds_paint_equal_pictures_and_other_seeds_others(tryon: TryOn, upload: np.ndarray, reference: np.ndarray) -> None:
@@ -159,6 +162,32 @@ def test_strength_begins_with_the_photo(tryon: TryOn, upload: np.ndarray, refere
     far = {strength: np.abs(result.image[both].astype(float) - upload[both]).mean() for strength, result in results.items()}
     assert far[0.3] < far[1.0]
     assert np.array_equal(results[1.0].image, tryon.run(TryOnRequest(upload, reference, seed=3, steps=10)).image)
+
+
+def test_of_what_a_person_brings_nothing_stays_in_the_models_memory(
+    config: Config, tryon: TryOn, upload: np.ndarray, reference: np.ndarray, tmp_path: Path
+) -> None:
+    (tmp_path / "gallery").mkdir()
+    offered = encode_png(_portrait(12))
+    (tmp_path / "gallery" / "look.png").write_bytes(offered)
+    paths = config.paths.model_copy(update={"jobs": tmp_path / "jobs"})
+    own = config.model_copy(update={"paths": paths, "app": config.app.model_copy(update={"gallery": tmp_path / "gallery"})})
+    memories = (tryon._references, tryon._painter._remembered)
+    kept = [*map(len, memories)]
+    with serving(own, load=lambda _: LocalEngine(tryon)) as live:
+
+        def grown(**fields: str | bytes) -> tuple[int, int]:
+            done = live.wait(live.post(target=encode_png(upload), steps=1, **fields).json()["id"])
+            assert done["state"] == "succeeded", done
+            before = tuple(kept)
+            kept[:] = map(len, memories)
+            return kept[0] - before[0], kept[1] - before[1]
+
+        assert grown(reference=encode_png(reference), prompt="as on my wedding day", color="black") == (0, 0)
+        assert not any("wedding" in prompt for prompt in tryon._painter._remembered._values)
+        assert grown(reference=offered, prompt="as on my wedding day") == (1, 0)
+        assert grown(reference=offered, color="ash brown", bangs="choppy") == (0, 1)
+        assert grown(reference=encode_png(reference), color="ash brown", bangs="choppy") == (0, 0)
 
 
 def test_attributes_become_stage_0s_words() -> None:
@@ -253,7 +282,7 @@ def test_in_a_full_body_photo_the_head_is_found_and_pasted_back(tryon: TryOn, re
     photo[900:, 500:1000] = (60, 70, 110)  # a body
     photo[300:1000, 400:1100] = cv2.resize(_portrait(7), (700, 700), interpolation=cv2.INTER_CUBIC)
     result = tryon.run(TryOnRequest(photo, reference, steps=1))
-    left, top, right, bottom = result.info["face_box"]
+    left, top, right, bottom = tryon.preview(photo).faces[0].box
     assert 400 < left < right < 1100 and 300 < top < bottom < 1000 and right - left < 500
     assert np.array_equal(result.image[result.mask == 0], photo[result.mask == 0]) and (result.mask > 0.9).any()
     assert not result.mask[1800:].any()  # legs

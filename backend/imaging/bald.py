@@ -76,8 +76,13 @@ def push_pull(image: NDArray[np.uint8], known: NDArray[np.uint8]) -> NDArray[np.
     """
     if not known.any():
         return np.full_like(image, 127)
+    return np.clip(filled(image.astype(np.float32), known), 0, 255).round().astype(np.uint8)
+
+
+def filled(values: NDArray[np.float32], known: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """``push_pull`` of any values, (S, S, C) float32; something must be known."""
     weight = (known > 0).astype(np.float32)[..., None]
-    levels = [(image.astype(np.float32) * weight, weight)]
+    levels = [(values * weight, weight)]
     while min(levels[-1][0].shape[:2]) > 1:
         colour, share = levels[-1]
         size = ((colour.shape[1] + 1) // 2, (colour.shape[0] + 1) // 2)
@@ -88,12 +93,12 @@ def push_pull(image: NDArray[np.uint8], known: NDArray[np.uint8]) -> NDArray[np.
             )
         )
     colour, share = levels[-1]
-    filled = colour.reshape(share.shape[0], share.shape[1], 3) / np.maximum(share, 1e-6)
+    found = colour.reshape(share.shape[0], share.shape[1], 3) / np.maximum(share, 1e-6)
     for colour, share in reversed(levels[:-1]):
-        above = cv2.resize(filled, (colour.shape[1], colour.shape[0]), interpolation=cv2.INTER_LINEAR).reshape(colour.shape)
+        above = cv2.resize(found, (colour.shape[1], colour.shape[0]), interpolation=cv2.INTER_LINEAR).reshape(colour.shape)
         trust = np.clip(share, 0, 1)
-        filled = above * (1 - trust) + colour / np.maximum(share, 1e-6) * trust
-    return np.clip(filled, 0, 255).round().astype(np.uint8)
+        found = above * (1 - trust) + colour / np.maximum(share, 1e-6) * trust
+    return np.asarray(found, np.float32)
 
 
 def smooth_face(image: NDArray[np.uint8], face_box: Box, hair: NDArray[np.uint8]) -> NDArray[np.uint8]:

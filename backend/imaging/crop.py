@@ -76,10 +76,10 @@ def head_square(hair_box: Box | None, face_box: Box | None, frame: tuple[int, in
     else:
         raise ValueError("a head crop needs a hair box or a face box")
     whole = round(side)
-    return Square(_inside(round(left), whole, frame[0]), _inside(round(top), whole, frame[1]), whole)
+    return Square(inside(round(left), whole, frame[0]), inside(round(top), whole, frame[1]), whole)
 
 
-def _inside(start: int, side: int, limit: int) -> int:
+def inside(start: int, side: int, limit: int) -> int:
     """The nearest start at which a side of that length lies within 0..limit; the start as it is where it cannot."""
     return start if side > limit else min(max(start, 0), limit - side)
 

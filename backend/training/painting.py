@@ -20,12 +20,14 @@ from backend.config import Config
 from backend.errors import InvalidArtifactError
 from backend.imaging import composite, crop, masks
 from backend.imaging.decode import read_png, write_png
+from backend.imaging.uncover import uncovered
 from backend.machine import cores
 from backend.training.pairs import Pair, Row, picture_seed
 from backend.training.prepared import Prepared, Sample
 from backend.tryon import conditioning
 from backend.tryon.painter import Painter, PaintRequest
 from backend.tryon.pipeline import checked_output
+from backend.tryon.remembered import Remembered
 from backend.tryon.segmentation import HairParser
 from backend.tryon.values import TryOnError
 
@@ -130,6 +132,7 @@ class ScenePainter:
         self, config: Config, painter: Painter, parser: HairParser, reader: SceneReader, store: PaintedStore | None = None
     ) -> None:
         self._config, self.painter, self._parser, self._reader, self._store = config, painter, parser, reader, store
+        self._skin: Remembered[str, Picture] = Remembered(64)  # of the photos, by id
 
     def __call__(self, scenes: Sequence[Scene], references: Sequence[Row] | None, prompt: str | None) -> list[View]:
         """One view per scene. references: whose hair each gets, None: no style and no identity. prompt None: the target's own."""
@@ -157,8 +160,11 @@ class ScenePainter:
 
     def as_result(self, scene: Scene, picture: Picture, failed: str = "") -> View:
         """A head crop (S, S, 3) as if the model had painted it: pasted back where hair was or has come, and its hair found."""
-        region = masks.changed_region(scene.head.region, scene.target.hair, self._parser.hair(picture), scene.target.face_box)
-        pasted = self.paste(scene, picture, region)
+        target = scene.target
+        hair, skin = self._parser.hair_and_skin(picture)
+        region = masks.changed_region(scene.head.region, target.hair, hair, target.face_box)
+        own_skin = self._skin.get(target.id, lambda: self._parser.hair_and_skin(target.photo)[1])
+        pasted = self.paste(scene, uncovered(target.photo, picture, target.hair, hair, own_skin, skin), region)
         return View(pasted.image, self._parser.hair(pasted.image), region, pasted.mask, failed)
 
     def paste(self, scene: Scene, picture: Picture, region: Picture) -> composite.Pasted:

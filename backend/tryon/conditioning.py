@@ -45,15 +45,18 @@ def head_input(
     borrowed: Sequence[masks.Silhouette] = (),
     landmarks: Sequence[Sequence[float]] | NDArray[np.floating] | None = None,
     chosen: NDArray[np.uint8] | None = None,
+    within: NDArray[np.uint8] | None = None,
 ) -> HeadInput:
     """The edit region of a head crop and the crop with that region filled.
 
     The whole region is filled, not only the hair: a fill that ended where the hair ends would show its outline to the network.
     photo: (S, S, 3) uint8 RGB; hair: (S, S) 0/255; shape, borrowed: random in training, see
     ``masks.edit_region``; nothing when serving. landmarks: (5, 2) in the crop's pixels, for the structure map. chosen: (S, S) 0/255,
-    a region that a person has painted instead of the shared one.
+    a region that a person has painted instead of the shared one. within: (S, S) 0/255, what of the shared one may be painted.
     """
     region = masks.edit_region(hair, face_box, shape, borrowed) if chosen is None else chosen
+    if within is not None and chosen is None:
+        region = np.minimum(region, within)
     drawn = structure.head_structure(photo.shape[0], face_box, landmarks)
     return HeadInput(region, bald.remove_hair(photo, region, face_box, method), drawn)
 
@@ -93,6 +96,10 @@ class TextEncoders:
             ]
         except (OSError, ValueError) as error:
             raise InvalidArtifactError(f"the tokenizers in {inpainting} cannot be read: {error}") from error
+        for tokenizer in self._tokenizers:  # the library keeps each word that it has split, and people type their own
+            forget = getattr(tokenizer.backend_tokenizer.model, "_resize_cache", None)
+            if forget is not None:  # its only way, and a private one
+                forget(0)
         self.encoders = [
             load_network(kind, inpainting / name, "the text encoder", dtype=dtype).to(device).eval()
             for kind, name in ((CLIPTextModel, "text_encoder"), (CLIPTextModelWithProjection, "text_encoder_2"))

@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 
 from backend.imaging import composite, crop, masks
 from backend.imaging.recolour import colour_statistics, recoloured
+from backend.imaging.uncover import uncovered
+from backend.tryon.heads import Head
 from backend.tryon.values import Mode, TryOnError
 
 MAX_GAIN = 2.0  # of the spread of lightness and colour: what is beyond shows a photo's noise
@@ -27,22 +29,12 @@ SOFT = 0.006  # blur of the painted hair's mask, share of the crop's side
 
 
 @dataclass(frozen=True)
-class Head:
-    """A head found in a photo. hair: (side, side) uint8 0/255 at the photo's own scale; face_box: in the crop at the model's resolution."""
-
-    square: crop.Square
-    photo: NDArray[np.uint8]  # (S, S, 3), the crop at the model's resolution
-    native: NDArray[np.uint8]  # (side, side, 3), the crop at the photo's own scale
-    hair: NDArray[np.uint8]
-    face_box: crop.Box | None
-
-
-@dataclass(frozen=True)
 class Painted:
-    """What the model made of a head: picture (S, S, 3) uint8, its hair (S, S) 0/255, and the region (S, S) 0/255 it might paint in."""
+    """What the model made of a head: picture (S, S, 3) uint8, its hair and skin (S, S) 0/255, and the region (S, S) 0/255 it might paint in."""
 
     picture: NDArray[np.uint8]
     hair: NDArray[np.uint8]
+    skin: NDArray[np.uint8]
     region: NDArray[np.uint8]
 
 
@@ -57,7 +49,8 @@ def finish(
 ) -> composite.Pasted:
     """The photo (H, W, 3) with the painting laid in. chosen: the person's own mask (H, W), outside which nothing changes, or None.
 
-    Raises TryOnError no_hair where a partial mode has no hair to take a colour from.
+    The partial modes want hair in the photo (``require_hair``, before anything is painted). Raises TryOnError no_hair where they find none
+    in the painting to take a colour from.
     """
     resolution = painted.picture.shape[0]
     before = crop.resize(head.hair, resolution)
@@ -65,10 +58,15 @@ def finish(
         return _colour_only(photo, head, painted, before, feather, chosen)
     picture = painted.picture if mode == "full" else _own_colour(head, painted, before)
     if chosen is not None:
-        region = painted.region
-    else:
-        region = masks.changed_region(painted.region, before, painted.hair, head.face_box)
-    return composite.paste_back(photo, picture, region, head.square, feather, chosen)
+        return composite.paste_back(photo, picture, painted.region, head.square, _fitting(feather, painted.region), chosen)
+    region = masks.changed_region(painted.region, before, painted.hair, head.face_box)
+    picture = uncovered(head.photo, picture, before, painted.hair, crop.resize(head.skin, resolution), painted.skin)
+    return composite.paste_back(photo, picture, region, head.square, feather)
+
+
+def _fitting(feather: float, region: NDArray[np.uint8]) -> float:
+    """The soft edge's width, no wider than leaves the middle of a thin stroke of the brush whole; share of the side."""
+    return min(feather, float(cv2.distanceTransform(region, cv2.DIST_L2, 5).max()) / region.shape[0])
 
 
 def _colour_only(
@@ -79,9 +77,8 @@ def _colour_only(
     feather: float,
     chosen: NDArray[np.uint8] | None,
 ) -> composite.Pasted:
-    _require_hair(before, "your photo", "colour")
     new = np.minimum(painted.hair, painted.region)
-    _require_hair(new, "what the model painted", "colour")
+    require_hair(new, "what the model painted", "colour")
     own, wanted = colour_statistics(head.photo, before), colour_statistics(painted.picture, new)
     work = min(head.square.side, max(WORK_SIDE, before.shape[0]))
     # the soft edge lies half inside and half outside of the hair, so that no rim keeps the old colour
@@ -90,19 +87,19 @@ def _colour_only(
 
 
 def _own_colour(head: Head, painted: Painted, before: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    _require_hair(before, "your photo", "shape")
     new = np.minimum(painted.hair, painted.region)
-    _require_hair(new, "what the model painted", "shape")
+    require_hair(new, "what the model painted", "shape")
     own, wanted = colour_statistics(painted.picture, new), colour_statistics(head.photo, before)
     moved = recoloured(painted.picture, own, wanted, max_gain=MAX_GAIN)
     soft = cv2.GaussianBlur(new, (0, 0), max(SOFT * new.shape[0], 0.5)).astype(np.float32)[..., None] / 255.0
     return (painted.picture + (moved.astype(np.float32) - painted.picture) * soft).round().astype(np.uint8)
 
 
-def _require_hair(hair: NDArray[np.uint8], where: str, mode: str) -> None:
+def require_hair(hair: NDArray[np.uint8], where: str, mode: str, *, code: str = "no_hair") -> None:
+    """Raises TryOnError with ``code`` where a mask (S, S) has too little hair for a partial mode to read a colour from. where: in words."""
     if float((hair > 0).mean()) < MIN_PAINTED:
         raise TryOnError(
             f"there is no hair in {where}, and mode '{mode}' needs its colour",
             hint="use mode 'full', or try another seed or photo",
-            code="no_hair",
+            code=code,
         )

@@ -22,6 +22,8 @@ from backend.tryon.remembered import Remembered
 from backend.tryon.sampling import Sampler, sample, scheduler_config
 from backend.tryon.steering import load_controlnet
 
+PROMPTS = 256  # that are remembered
+
 
 def device_and_dtype(config: Config) -> tuple[torch.device, torch.dtype]:
     """Where networks run: the card in bf16 where there is one and the configuration allows it, else the CPU in float32."""
@@ -36,7 +38,8 @@ class PaintRequest:
     """One head to paint. style: a 224 x 224 uint8 RGB picture, or ``Painter.style_features`` of one, or None; identity: (512,) or None;
     prompt: may be empty.
 
-    photo: (S, S, 3) uint8 RGB, what a strength below 1 begins with; needed only there.
+    photo: (S, S, 3) uint8 RGB, what a strength below 1 begins with; needed only there. own_words: the prompt holds words that a person has
+    typed; it is then not remembered.
     """
 
     head: conditioning.HeadInput
@@ -45,10 +48,11 @@ class PaintRequest:
     prompt: str
     seed: int
     photo: NDArray[np.uint8] | None = None
+    own_words: bool = False
 
 
 class Painter:
-    """The networks that paint, loaded once and shared; prompts are encoded once and remembered.
+    """The networks that paint, loaded once and shared; prompts are encoded once and remembered, but for those in a person's own words.
 
     The UNet computes in the device's precision, whatever it was trained in: what is evaluated and what is served are one. few_step: the
     kind of LoRA that is fused into ``model`` already, if any. placement: as ``sample.offload`` says where it is left out.
@@ -65,7 +69,7 @@ class Painter:
         inpainting = conditioning.inpainting_folder(config.paths.weights)
         model.unet.to(dtype)
         self._texts = conditioning.TextEncoders(inpainting, device=home, dtype=dtype)
-        self._remembered: Remembered[str, tuple[torch.Tensor, torch.Tensor]] = Remembered(256)  # people type many prompts
+        self._remembered: Remembered[str, tuple[torch.Tensor, torch.Tensor]] = Remembered(PROMPTS)
         self.texture_encoder = texture_encoder.to(home)
         empty_text, empty_pooled = self._text("")
         self.sampler = Sampler(
@@ -121,7 +125,7 @@ class Painter:
 
     def conditions(self, requests: Sequence[PaintRequest]) -> Conditions:
         """The condition tensors of a batch, on the CPU."""
-        texts = [self._text(request.prompt) for request in requests]
+        texts = [self._encoded(request.prompt) if request.own_words else self._text(request.prompt) for request in requests]
         identity, identity_valid = conditioning.identity_tensor([request.identity for request in requests])
         styles = [style if isinstance(style, torch.Tensor) else self.style_features(style) for style in (r.style for r in requests)]
         return Conditions(
@@ -141,4 +145,7 @@ class Painter:
             return conditioning.style_features(self.texture_encoder, [picture], self.sampler.model.injector.style_tokens)[0]
 
     def _text(self, prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._remembered.get(prompt, lambda: self._texts.encode([prompt], self._placement))
+        return self._remembered.get(prompt, lambda: self._encoded(prompt))
+
+    def _encoded(self, prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._texts.encode([prompt], self._placement)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 
 from backend.config import Config
 from backend.errors import MissingInputError
-from backend.imaging import bald, crop, masks, patches
+from backend.imaging import bald, crop, masks, patches, profiles
 from backend.training.models.bundle import load_bundle
 from backend.training.training_face import DetectedFace, FaceAnalyzer
 from backend.tryon.conditioning import head_input, to_pictures
 from backend.tryon.few_step import fuse
-from backend.tryon.finishing import Head, Painted, finish
+from backend.tryon.finishing import Painted, finish, require_hair
+from backend.tryon.heads import Head, find_head
 from backend.tryon.painter import Painter, PaintRequest, device_and_dtype
 from backend.tryon.remembered import Remembered
 from backend.tryon.segmentation import HairParser
@@ -80,8 +81,8 @@ class TryOn:
         faces = self._faces.detect(image)
         mask = np.zeros(image.shape[:2], np.uint8)
         if faces:
-            head = self._head(image, faces[0])
-            _lay(mask, head.hair, head.square)
+            head = self._head(image, faces[0], faces)
+            _lay(mask, crop.resize(head.hair, head.square.side), head.square)
         return Preview([FaceInfo(f.box, f.confidence, f.landmarks.tolist()) for f in faces], mask)
 
     def run(
@@ -95,11 +96,16 @@ class TryOn:
         request.check()
         steps, guidance = sampling_of(self.config.sample, request.steps, request.guidance, request.strength)
         start = time.monotonic()
-        face = self._target_face(request.target, request.face)
-        head = self._head(request.target, face)
+        faces = self._faces.detect(request.target)
+        face = _target_face(faces, request.face)
+        head = self._head(request.target, face, faces)
         assert head.face_box is not None
         hair = crop.resize(head.hair, self._resolution)
-        photo = bald.smooth_face(head.photo, head.face_box, hair) if self.config.app.smooth_face else head.photo
+        if request.mode != "full":
+            require_hair(hair, "your photo", request.mode, code="no_own_hair")
+        colours = profiles.Colours.of(request.profile)  # the networks are shown sRGB, as the reference is
+        photo = colours.to_srgb(head.photo)
+        photo = bald.smooth_face(photo, head.face_box, hair) if self.config.app.smooth_face else photo
         entered = head_input(
             photo,
             hair,
@@ -107,14 +113,16 @@ class TryOn:
             method=self.config.data.bald,
             landmarks=head.square.scaled(face.landmarks, self._resolution),
             chosen=None if request.mask is None else self._chosen_region(request.mask, head.square),
+            within=crop.resize(head.own, self._resolution),
         )
         paint_request = PaintRequest(
             head=entered,
-            style=None if request.reference is None else self._style(request.reference),
+            style=None if request.reference is None else self._style(request.reference, remember=request.remember),
             identity=self._faces.embed(request.target, face.landmarks),
             prompt=request.words(),
             seed=request.seed,
             photo=photo,
+            own_words=bool(request.prompt),
         )
         painted = self._painter.paint(
             [paint_request], steps=steps, guidance=guidance, strength=request.strength, on_step=on_step, cancelled=cancelled
@@ -123,11 +131,15 @@ class TryOn:
         pasted = finish(
             request.target,
             head,
-            Painted(picture, self._parser.hair(picture), entered.region),
+            Painted(colours.from_srgb(picture), *self._parser.hair_and_skin(picture), entered.region),
             mode=request.mode,
             feather=self.config.sample.feather,
             chosen=request.mask,
         )
+        if not pasted.mask.any():
+            raise TryOnError(
+                "nothing of your photo would change", hint="paint a larger mask, or try another seed or hairstyle", code="unchanged"
+            )
         info = {
             "bundle_sha256": self.bundle_sha256,
             "mode": request.mode,
@@ -148,16 +160,18 @@ class TryOn:
             raise TryOnError("the mask lies beside the head", hint="paint where the hair is or shall be", code="empty_mask")
         return region
 
-    def _style(self, reference: NDArray[np.uint8]) -> torch.Tensor:
-        """What the UNet is told of a reference. It is remembered, not the photo: the page's gallery is chosen from again and again, and
-        finding the hair takes longer than a step. Raises TryOnError."""
+    def _style(self, reference: NDArray[np.uint8], *, remember: bool) -> torch.Tensor:
+        """What the UNet is told of a reference. It is remembered, not the photo, and only of those that are offered to everybody: the page's
+        gallery is chosen from again and again, and finding the hair takes longer than a step. Raises TryOnError."""
+        if not remember:
+            return self._painter.style_features(self.style_picture(reference))
         key = hashlib.sha256(repr(reference.shape).encode() + np.ascontiguousarray(reference).tobytes()).hexdigest()
         return self._references.get(key, lambda: self._painter.style_features(self.style_picture(reference)))
 
     def style_picture(self, reference: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """The reference's hair as Stage 1 sees it. A reference from behind has no face and is taken as it is. Raises TryOnError."""
         faces = self._faces.detect(reference)
-        head = self._head(reference, faces[0] if faces else None)
+        head = self._head(reference, faces[0] if faces else None, faces)
         hair = masks.without_specks(head.hair)
         if float((hair > 0).mean()) < MIN_HAIR:
             raise TryOnError(
@@ -165,49 +179,33 @@ class TryOn:
                 hint="choose a photo that shows the hairstyle larger and clearer",
                 code="no_hair",
             )
-        return patches.style_picture(head.native, hair)
+        return patches.style_picture(crop.resize(head.native, hair.shape[0]), hair)
 
-    def _target_face(self, image: NDArray[np.uint8], chosen: int | None) -> DetectedFace:
-        faces = self._faces.detect(image)
-        if not faces:
-            raise TryOnError(
-                "no face was found in your photo", hint="use a photo that shows the face from the front, well lit", code="no_face"
-            )
-        if chosen is not None and not 0 <= chosen < len(faces):
-            raise TryOnError(
-                f"face {chosen} was chosen, the photo has {len(faces)}", hint="choose one of the faces of the preview", code="no_face"
-            )
-        if chosen is None and len(faces) > 1 and faces[1].area > RIVAL_SHARE * faces[0].area:
-            raise TryOnError(
-                f"the photo has {len(faces)} faces", hint="choose whose hair to change, or crop the photo to one person", code="many_faces"
-            )
-        face = faces[chosen or 0]
-        size = max(face.box[2] - face.box[0], face.box[3] - face.box[1])
-        if size < MIN_FACE:
-            raise TryOnError(
-                f"the face is {size:.0f} pixels large, at least {MIN_FACE} are needed", hint="use a larger photo", code="too_small"
-            )
-        if _is_side_view(face):
-            raise TryOnError("the face is seen from the side", hint="use a photo that shows both eyes", code="side_view")
-        return face
+    def _head(self, image: NDArray[np.uint8], face: DetectedFace | None, faces: Sequence[DetectedFace]) -> Head:
+        return find_head(self._parser, image, face, [other for other in faces if other is not face], self._resolution)
 
-    def _head(self, image: NDArray[np.uint8], face: DetectedFace | None) -> Head:
-        """The head crop: first around the face, then around the face and the hair found in the first crop."""
-        height, width = image.shape[:2]
-        square = crop.head_square(
-            (0.0, 0.0, float(width), float(height)) if face is None else None, face.box if face else None, (width, height)
+
+def _target_face(faces: Sequence[DetectedFace], chosen: int | None) -> DetectedFace:
+    """The face whose hair is to change, of those found, largest first. Raises TryOnError with what to do."""
+    if not faces:
+        raise TryOnError("no face was found in your photo", hint="use a photo that shows the face from the front, well lit", code="no_face")
+    if chosen is not None and not 0 <= chosen < len(faces):
+        raise TryOnError(
+            f"face {chosen} was chosen, the photo has {len(faces)}", hint="choose one of the faces of the preview", code="no_face"
         )
-        hair = self._parser.hair(crop.crop_square(image, square))
-        found = crop.mask_box(masks.without_specks(hair))
-        if found is not None:
-            hair_box = (found[0] + square.x0, found[1] + square.y0, found[2] + square.x0, found[3] + square.y0)
-            clipped = (max(hair_box[0], 0.0), max(hair_box[1], 0.0), min(hair_box[2], float(width)), min(hair_box[3], float(height)))
-            if clipped[0] < clipped[2] and clipped[1] < clipped[3]:
-                square = crop.head_square(clipped, face.box if face else None, (width, height))
-                hair = self._parser.hair(crop.crop_square(image, square))
-        native = crop.crop_square(image, square)
-        box = square.scaled_box(face.box, self._resolution) if face else None
-        return Head(square, crop.resize(native, self._resolution), native, hair, box)
+    if chosen is None and len(faces) > 1 and faces[1].area > RIVAL_SHARE * faces[0].area:
+        raise TryOnError(
+            f"the photo has {len(faces)} faces", hint="choose whose hair to change, or crop the photo to one person", code="many_faces"
+        )
+    face = faces[chosen or 0]
+    size = max(face.box[2] - face.box[0], face.box[3] - face.box[1])
+    if size < MIN_FACE:
+        raise TryOnError(
+            f"the face is {size:.0f} pixels large, at least {MIN_FACE} are needed", hint="use a larger photo", code="too_small"
+        )
+    if _is_side_view(face):
+        raise TryOnError("the face is seen from the side", hint="use a photo that shows both eyes", code="side_view")
+    return face
 
 
 def checked_output(painted: torch.Tensor, region: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -17,6 +17,9 @@ class Remembered(Generic[Key, Value]):
         self._size = size
         self._values: OrderedDict[Key, Value] = OrderedDict()
 
+    def __len__(self) -> int:
+        return len(self._values)
+
     def get(self, key: Key, make: Callable[[], Value]) -> Value:
         """The value of ``key``, made by ``make`` where it is not known (any more). Nothing is kept of a ``make`` that raises."""
         if key not in self._values:
