@@ -179,7 +179,7 @@ def compiler_line() -> Line:
     """What Triton builds its part of the driver with: a C compiler and Python's headers."""
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     headers = Path(sysconfig.get_path("include")) / "Python.h"
-    lacking = [name for name, there in (("a C compiler", compiler), ("Python's headers", headers.is_file())) if not there]
+    lacking = [name for name, there in (("C compiler", compiler), ("headers of Python", headers.is_file())) if not there]
     if lacking:
         says = f"no {' and no '.join(lacking)}: Triton cannot build the optimizer's kernels, without which training is slower"
         return Line("compiler", "warning", says, "sudo apt install gcc python3-dev")

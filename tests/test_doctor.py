@@ -120,6 +120,24 @@ def test_the_card_s_memory_decides_the_preset(tmp_path: Path, gib: float, preset
     assert (lines["card"].state, lines["card"].mend) == (state, mend)
 
 
+def test_what_triton_builds_with_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fresh Ubuntu has neither, and the optimizer's kernels failed at the first backward pass."""
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: "/usr/bin/gcc" if name == "gcc" else None)
+    monkeypatch.setattr(doctor.sysconfig, "get_path", lambda name: str(tmp_path))
+    line = doctor.compiler_line()
+    assert (
+        line.state == "warning"
+        and "no headers of Python" in line.says
+        and "no C compiler" not in line.says
+        and "gcc python3-dev" in line.mend
+    )
+    (tmp_path / "Python.h").touch()
+    assert doctor.compiler_line().state == "ok"
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    assert "no C compiler:" in doctor.compiler_line().says and doctor.compiler_line().state == "warning"
+
+
 def test_no_card_is_a_lack_only_where_one_is_demanded(tmp_path: Path) -> None:
     without: dict[str, Any] = {"version": "2.15.0", "cuda": None, "card": None, "gib": 0, "bf16": False}
     states = {

@@ -24,6 +24,7 @@ from backend.training import baselines, figures, gate, image_networks, metrics, 
 from backend.training.evaluate import Evaluator
 from backend.training.models.bundle import load_bundle
 from backend.training.models.perceptual import AlexNet
+from backend.training.painting import PaintedStore
 from backend.training.prepared import Prepared, Sample
 from backend.tryon import conditioning
 from backend.tryon.painter import Painter
@@ -406,6 +407,39 @@ def test_hairfusions_protocol_runs_by_its_name_and_says_why_it_is_not_comparable
     assert found["published"]["psnr"] == 21.15 and "fid" in found["absent"]
     why = " ".join(found["published"]["not_comparable"])
     assert "prepared at 128 px" in why and "'miniature'" in why
+
+
+def test_a_measurement_that_was_stopped_goes_on_and_gives_the_same_figures(finished_world: World, tmp_path: Path) -> None:
+    """Hours on a real card: what was painted is not painted again, and what is painted after the stop is what it would have been."""
+    config = finished_world.config()
+    stores = {"ours": PaintedStore(tmp_path / "ours")}
+    asked: list[list[str]] = []
+
+    class Counting(_StandIn):
+        def paint(self, requests: Any, *, steps: int, guidance: float) -> torch.Tensor:
+            if len(asked) == stop_at:
+                raise KeyboardInterrupt
+            asked.append([request.prompt for request in requests])
+            return super().paint(requests, steps=steps, guidance=guidance)
+
+    stop_at = -1
+    whole = Evaluator(config, Counting(config, _one_for_all)).run()
+    batches = len(asked)
+    asked.clear()
+    stop_at = 2
+    with pytest.raises(KeyboardInterrupt):
+        Evaluator(config, Counting(config, _one_for_all), stores).run()
+    stop_at = -1
+    again = Evaluator(config, Counting(config, _one_for_all), stores).run()
+    assert batches > 3 and len(asked) == batches, "two before the stop, and the rest after it"
+    assert again.figures == whole.figures and again.records == whole.records
+    asked.clear()
+    assert Evaluator(config, Counting(config, _one_for_all), stores).run().figures == whole.figures and not asked
+    next((tmp_path / "ours").glob("*.png")).unlink()
+    assert Evaluator(config, Counting(config, _one_for_all), stores).run().figures == whole.figures
+    assert len(asked) == 1 and len(asked[0]) > 1, "the whole batch of the one that was lost"
+    stores["ours"].clear()
+    assert not (tmp_path / "ours").exists()
 
 
 def test_a_region_that_leaves_hair_out_is_caught(finished_world: World) -> None:

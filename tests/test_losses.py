@@ -156,6 +156,24 @@ def test_the_texture_loss_reaches_the_unet_through_the_decoder_and_low_timesteps
     assert all(p.grad is None for p in vae.parameters())
 
 
+def test_the_texture_loss_of_one_sample_at_a_time_is_that_of_all_together() -> None:
+    """Half of the memory at batch 2: where blocks are recomputed, so is the decoder, sample by sample."""
+    found = []
+    for recompute in ("false", "true"):
+        toy = Toy(settings(preset="full-exact", batch_size=2, texture_every=1, gradient_checkpointing=recompute))
+        vae = random_vae(SIZE, CPU, torch.float32)
+        step = Stage2Step(toy.config, toy.model, toy.optimizer, NoiseSchedule(SCHEDULER), vae=vae, perceptual=_network())
+        batch = dataclasses.replace(toy.batches.batch("train", np.arange(2), 0), timesteps=torch.tensor([100, 200]))
+        loss = step._texture_loss(batch, *step.predict(batch))
+        assert loss is not None
+        loss.backward()
+        gradient = toy.model.unet.get_parameter("conv_out.weight").grad
+        assert gradient is not None
+        found.append((float(loss.detach()), gradient))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    assert torch.allclose(found[0][1], found[1][1], rtol=1e-3, atol=1e-6 * float(found[0][1].abs().max()))
+
+
 def test_the_texture_squares_lie_where_the_hair_is_and_hold_the_photos_own_pixels() -> None:
     toy = Toy(settings(preset="full-exact", batch_size=4, texture_every=3, texture_crop=4))
     pixels = np.random.default_rng(0).integers(0, 256, (SAMPLES, 64, 64, 3), dtype=np.uint8)

@@ -68,8 +68,9 @@ def test_every_output_of_the_contract_is_there(finished_world: World) -> None:
             assert embedding.dtype == np.float32 and embedding.shape == (512,)
             assert float(np.linalg.norm(embedding)) == pytest.approx(1.0, abs=1e-5)
     assert any(row["face_box"] is None for row in rows), "back views are kept"
-    prompts = {row["prompt"] for row in rows} | {"", NEUTRAL_PROMPT}
-    assert len(list((processed / "prompt_embeddings").glob("*.safetensors"))) == len(prompts)
+    encoded = {artifacts.read_header(path)["prompt"] for path in (processed / "prompt_embeddings").glob("*.safetensors")}
+    seen = {row["prompt"] for row in rows if row["split"] != "test"}  # of a short run not even all of these are drawn
+    assert {"", NEUTRAL_PROMPT} < encoded <= seen | {"", NEUTRAL_PROMPT}
 
 
 def test_counts_balance_and_dirt_is_named(finished_world: World) -> None:

@@ -35,6 +35,17 @@ def test_tables_hold_what_stage_0_wrote(world: Path) -> None:
     assert (tables["train"].curl == UNKNOWN).sum() == 6 * 6 and (tables["train"].volume == UNKNOWN).sum() == 7 * 6
 
 
+def test_what_is_judged_by_photo_is_seen_whole(world: Path) -> None:
+    """Evenly spaced patches of a large split were one of each photo, and 'by photo' meant by single patch."""
+    table = read_patch_tables(world / "processed")["train"]
+    some = table.whole_photos(40)
+    assert 30 <= len(some) <= 40 and np.array_equal(some, np.flatnonzero(np.isin(table.photo, table.photo[some])))
+    photos = np.unique(table.photo[some])
+    assert photos[0] == 0 and photos[-1] == len(table.photo_ids) - 1
+    assert np.array_equal(table.whole_photos(len(table)), np.arange(len(table)))
+    assert len(np.unique(table.photo[table.whole_photos(1)])) == 1
+
+
 def test_a_head_on_both_sides_and_bad_labels_are_refused(tmp_path: Path) -> None:
     row = {"id": "a", "group": "g", "split": "train", "curl": 0, "volume": 1, "patches": ["x.png"]}
     with pytest.raises(MissingInputError, match=r"metadata.jsonl"):

@@ -124,8 +124,9 @@ def thinned(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
         return rows
     groups = list(_by_hairstyle(rows).values())
     if 2 * len(groups) > count:
-        groups = [groups[n] for n in _spread(len(groups), max(1, count // 2))]
-    share = count / sum(map(len, groups))
+        groups, share = [groups[n] for n in _spread(len(groups), max(1, count // 2))], 0.0
+    else:
+        share = count / len(rows)
     chosen = sorted(group[n] for group in groups for n in _spread(len(group), max(2, round(share * len(group)))))
     return [rows[n] for n in chosen]
 
