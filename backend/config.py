@@ -180,7 +180,7 @@ class EvaluateConfig(Section):
     split: Literal["val", "test"] = "test"
     samples: Positive = 200  # pairs of the transfer protocol
     samples_reconstruction: Positive = 200
-    batch_size: Positive = 4
+    batch_size: Positive = 2  # pairs; guidance doubles them
     steps: Positive = 30  # sampling steps
     guidance: Annotated[float, Field(ge=1)] = 2.0
     bootstrap: Annotated[int, Field(ge=100)] = 2000

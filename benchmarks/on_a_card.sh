@@ -14,7 +14,9 @@ measure() {
   python3 benchmarks/stage2_gpu.py --budget "${BUDGET:-150}" --seconds "${ARM:-15}" --out "$OUT/stage2_gpu.json" \
     --arms "${ARMS:-ours,ours-compiled,reference-vae,ours-vae-compiled,ours-vae}"
   echo "== $SECONDS s"
-  timeout 75 python3 benchmarks/stage1.py speed --device cuda --batch 64 --workers 8 --steps 20
+  for batch in 256 64; do  # of configs/h100.yaml, which keeps such a card busy, and of configs/rtx3060.yaml
+    timeout 75 python3 benchmarks/stage1.py speed --device cuda --batch $batch --workers 8 --steps 20
+  done
   echo "== $SECONDS s"
   { until [ "$(grep -c '^diffusers:' "$OUT/serve.log" 2>/dev/null)" -ge 3 ]; do sleep 0.5; done; product; } &
   timeout 140 python3 benchmarks/serve.py paths --size sdxl --steps 30 --config configs/rtx3060.yaml --repeats 2 --compile --json \

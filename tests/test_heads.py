@@ -67,6 +67,14 @@ def test_hair_at_the_photos_own_edge_is_not_searched_beyond() -> None:
     assert len(parser.sides) == 2 and head.square.y0 + head.square.side >= 560
 
 
+def test_dark_clothes_are_not_followed() -> None:
+    """A parser takes them for hair now and then; the square grew to the feet, and the head became small in it."""
+    plain, _ = _find(_photo(1600, 900, (380, 200, 540, 300)), _face(460, 325, 150))
+    dressed, parser = _find(_photo(1600, 900, (380, 200, 540, 300), (250, 560, 670, 1500)), _face(460, 325, 150))
+    assert dressed.square == plain.square and len(parser.sides) == 2
+    assert (dressed.hair > 0).sum() > (plain.hair > 0).sum(), "what lies in the square is still to be seen"
+
+
 def test_a_neighbours_hair_is_the_neighbours() -> None:
     """Two people side by side: the other one's hair is neither replaced nor painted on, whoever is chosen."""
     left, right = _face(300, 300, 150), _face(560, 320, 140)

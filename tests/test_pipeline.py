@@ -27,7 +27,7 @@ DEEPHAIR = [sys.executable, "-m", "backend.cli"]
 
 
 def _rows(world: World) -> list[dict]:
-    return Prepared(world.root / "processed").rows()
+    return artifacts.read_jsonl(world.root / "processed/metadata.jsonl")
 
 
 # ---- Stage 0 ----

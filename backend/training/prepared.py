@@ -87,9 +87,11 @@ _LEFT_OUT = ("hair_rings", "patches", "attributes")
 def _slim(row: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
     """A row as it is kept; equal attributes and prompts are kept once, in ``known``."""
     kept = {name: value for name, value in row.items() if name not in _LEFT_OUT}
-    attributes = {name: row["attributes"][name] for name in ATTRIBUTES if name in row["attributes"]}
-    kept["attributes"] = known.setdefault(repr(attributes), attributes)
-    kept["prompt"] = known.setdefault(row["prompt"], row["prompt"])
+    if "attributes" in row:
+        attributes = {name: row["attributes"][name] for name in ATTRIBUTES if name in row["attributes"]}
+        kept["attributes"] = known.setdefault(repr(attributes), attributes)
+    if "prompt" in row:
+        kept["prompt"] = known.setdefault(row["prompt"], row["prompt"])
     return kept
 
 

@@ -12,7 +12,7 @@ import torch
 from backend import artifacts
 from backend.config import Config
 from backend.errors import MissingInputError
-from backend.imaging.decode import decode_upload, read_png, sniff
+from backend.imaging.decode import decode_reference, read_png, sniff
 from backend.imaging.patches import cut_patches
 from backend.training.models.texture_encoder import CURL_CLASSES, VOLUME_CLASSES, TextureEncoder, load_texture_encoder
 from backend.training.texture_data import Pictures, fit_patch, to_unit
@@ -48,7 +48,7 @@ def hair_patches(config: Config, path: Path, side: int) -> Pictures:
         if not patches:
             raise MissingInputError(f"{path} has no window that hair fills", hint="give a close-up of the hair instead", code="no_hair")
     else:
-        patches = _squares(decode_upload(data, max_pixels=config.data.max_pixels))
+        patches = _squares(decode_reference(data, max_pixels=config.data.max_pixels))
     return np.stack([fit_patch(patch, side) for patch in patches])
 
 

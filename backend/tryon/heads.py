@@ -49,11 +49,11 @@ def find_head(parser: HairParser, image: Picture, face: DetectedFace | None, oth
     square = crop.head_square(whole if face is None else None, face.box if face else None, frame)
     hair = _own_hair(parser, image, square, face, others)
     for _ in range(ENLARGEMENTS):
-        if not _goes_on(hair, square, frame):
+        if not _goes_on(_hanging(hair, square, face), square, frame):
             break
         square = _larger(square, frame)
         hair = _own_hair(parser, image, square, face, others)
-    found = crop.mask_box(masks.without_specks(hair))
+    found = crop.mask_box(_hanging(hair, square, face))
     if found is not None:
         scale = square.side / hair.shape[0]
         box = tuple(v * scale + start for v, start in zip(found, (square.x0, square.y0) * 2, strict=True))
@@ -105,9 +105,22 @@ def _seen(native: Picture) -> Picture:
     return cv2.resize(native, (PARSED_SIDE, PARSED_SIDE), interpolation=cv2.INTER_AREA).astype(np.uint8, copy=False)
 
 
-def _goes_on(hair: Picture, square: crop.Square, frame: tuple[int, int]) -> bool:
-    """Whether hair lies at an edge of the square beyond which there is more of the photo."""
+def _hanging(hair: Picture, square: crop.Square, face: DetectedFace | None) -> Picture:
+    """The parts of the hair that reach the head, a face's size around the face: dark clothes that were taken for hair are not followed."""
     kept = masks.without_specks(hair)
+    if face is None:
+        return kept
+    side = hair.shape[0]
+    x0, y0, x1, y1 = square.scaled_box(face.box, side)
+    reach = max(x1 - x0, y1 - y0)
+    left, top, right, bottom = (int(np.clip(v, 0, side)) for v in (x0 - reach, y0 - reach, x1 + reach, y1 + reach))
+    _, numbered = cv2.connectedComponents(kept, connectivity=8)
+    near = np.unique(numbered[top:bottom, left:right])
+    return np.where(np.isin(numbered, near[near > 0]), 255, 0).astype(np.uint8)
+
+
+def _goes_on(kept: Picture, square: crop.Square, frame: tuple[int, int]) -> bool:
+    """Whether hair lies at an edge of the square beyond which there is more of the photo."""
     rim = max(1, round(TOUCHING * kept.shape[0]))
     left, top, right, bottom = _inner_edges(square, frame)
     return bool(
