@@ -55,8 +55,13 @@ def _allocates() -> bool:
 
 
 def forbid_core_dumps() -> None:
-    """Has this process and those that it starts leave no image of their memory when they crash: faces and prompts are in it."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    """Has this process and those that it starts leave no image of their memory when they crash: faces and prompts are in it.
+
+    One byte and not none: where a program takes the images in, as under WSL, the kernel ignores a limit of 0 and takes 1 for "do not" (core(5)).
+    """
+    hard = resource.getrlimit(resource.RLIMIT_CORE)[1]
+    limit = 0 if hard == 0 else 1
+    resource.setrlimit(resource.RLIMIT_CORE, (limit, limit))
 
 
 def give_memory_back() -> None:

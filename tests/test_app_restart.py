@@ -254,6 +254,17 @@ def test_a_redis_that_is_down_is_503_and_named_at_the_start(redis_url: str, tmp_
         assert live.client.get("/api/v1/jobs/x").status_code == 404
 
 
+def test_a_redis_that_cannot_delete_what_has_ended_is_refused(redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ubuntu 22.04 has 6.0, in which housekeeping failed at its first command and results stayed for ever."""
+    for version, accepted in (("6.0.16", False), ("5.0", False), ("6.2.0", True), ("7.0.15", True), ("10.1.2", True)):
+        monkeypatch.setattr(redis.Redis, "info", lambda self, section, version=version: {"redis_version": version})
+        if accepted:
+            open_store(app_config(tmp_path, queue=redis_url), ignore).close()
+        else:
+            with pytest.raises(StoreError, match=f"is {version}"):
+                open_store(app_config(tmp_path, queue=redis_url), ignore)
+
+
 @pytest.mark.long
 def test_redis_two_servers_one_killed_again_and_again(redis_url: str, tmp_path: Path, processes: Any) -> None:
     """Every accepted job ends exactly once while one of two servers is killed in mid-job, eight times."""
@@ -390,7 +401,7 @@ def test_a_started_server_keeps_photos_and_prompts_from_other_users(tmp_path: Pa
     finally:
         process.terminate()
         process.join()
-    assert re.search(r"Max core file size +0 +0 ", limits)  # a core dump would hold them, too
+    assert re.search(r"Max core file size +([01]) +\1 ", limits)  # a core dump would hold them, too
     assert modes["jobs"] == modes[job] == 0o700
     assert {"jobs.sqlite", "result.png", ".lock"} <= modes.keys() and all(mode & 0o077 == 0 for mode in modes.values()), modes
 

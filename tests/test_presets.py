@@ -199,12 +199,14 @@ def test_the_process_is_bounded_to_a_share_of_what_is_free_and_says_so(
     set_to = []
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8 * 2**30, 12 * 2**30))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2 * 2**30)  # of an earlier stage, which counts against the bound
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda fraction, device: set_to.append(fraction))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda.memory, "_lazy_init", lambda: None)  # the real function checks what it is given: a card by its number
+    monkeypatch.setattr(torch._C, "_cuda_setMemoryFraction", lambda fraction, index: set_to.append((fraction, index)), raising=False)
     monkeypatch.setattr(device_memory, "in_wsl", lambda: wsl)
     with caplog.at_level("INFO"):
         assert device_memory.cap_memory(torch.device("cuda"), 0.9) == pytest.approx(9.0)
         assert device_memory.cap_memory(CPU, 0.9) is None
-    assert set_to == pytest.approx([0.75])
+    assert set_to == [(pytest.approx(0.75), 0)]
     assert "bounded to 9.0 of the card's 12.0 GiB" in caplog.text and ("WSL: beyond it" in caplog.text) == wsl
 
 

@@ -69,6 +69,8 @@ def test_a_run_of_the_real_settings_takes_one_region_each_and_few_validation_pho
     run = SimpleNamespace(config=config, _samples_per_step=2)
     chosen = Stage2Run._rows(run, SimpleNamespace(rows=rows.__getitem__))  # type: ignore[arg-type]
     assert 200 <= len(chosen["train"]) <= 250 and len(chosen["val"]) == 2 * config.train.validation_samples
+    assert Stage2Run._variants(run, chosen) == 1, "each is drawn once, or nearly"  # type: ignore[arg-type]
+    assert Stage2Run._variants(run, {"train": rows["train"][:50]}) == 4  # type: ignore[arg-type]
     whole = Stage2Run._rows(run, SimpleNamespace(rows=lambda name: rows[name][:30]))  # type: ignore[arg-type]
     assert len(whole["train"]) == len(whole["val"]) == 30
 
@@ -146,7 +148,7 @@ def test_what_a_photo_takes_is_known_beforehand(finished_world: World) -> None:
 def test_a_disk_that_is_too_small_is_said_before_the_first_photo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10 * 10**9))
     require_space(tmp_path / "latents", 9 * 10**9)
-    with pytest.raises(UsageError, match=r"take 11.0 GB .* has 10.0 GB left"):
+    with pytest.raises(UsageError, match=r"takes 11.0 GB .* has 10.0 GB left"):
         require_space(tmp_path / "latents", 11 * 10**9)
 
 

@@ -32,6 +32,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 ALIVE_S = 10  # a process that has not been heard of for so long is taken for dead
 BEAT_S = 2.0
 UNCLAIMED_S = 600  # a picture that no job came to own is gone after this
+OLDEST = (6, 2)  # XTRIM by time and open ranges of a stream
 EVENTS = 10_000  # kept at most, and no longer than the jobs, for servers that were cut off for a moment
 
 
@@ -61,9 +62,15 @@ class RedisStore:
         self._closing = threading.Event()
         try:
             self._beat()
+            version = str(self._redis.info("server")["redis_version"])
         except redis.RedisError as error:
             hint = "start it, or set app.queue=sqlite where one machine serves"
             raise StoreError(f"the Redis that app.queue names does not answer: {type(error).__name__}", hint=hint) from error
+        if tuple(map(int, version.split(".")[:2])) < OLDEST:
+            raise StoreError(
+                f"the Redis that app.queue names is {version}; what has ended could not be deleted in it",
+                hint=f"it takes Redis {OLDEST[0]}.{OLDEST[1]} or newer",
+            )
         self._threads = [
             threading.Thread(target=self._repeat, args=(work, pause), name=name, daemon=True)
             for name, work, pause in (("queue-beat", self._beat, BEAT_S), ("queue-news", self._hear, 0.0))
@@ -219,10 +226,11 @@ class RedisStore:
 
     @_reported
     def sweep(self, older_than: float) -> list[str]:
+        ids = [job_id.decode() for job_id in self._redis.zrangebyscore(f"{PREFIX}ended", "-inf", older_than)]
+        forgotten = [job_id for job_id in ids if self._run("forget", job_id, job_id)]
         # a stream's ids begin with the time in ms; without this a quiet server would tell of its last jobs for ever
         self._redis.xtrim(f"{PREFIX}events", minid=int(max(older_than, 0.0) * 1000), approximate=False)
-        ids = [job_id.decode() for job_id in self._redis.zrangebyscore(f"{PREFIX}ended", "-inf", older_than)]
-        return [job_id for job_id in ids if self._run("forget", job_id, job_id)]
+        return forgotten
 
     @_reported
     def publish(self, job_id: str, name: str, data: dict[str, Any], *, last: bool = False) -> None:

@@ -106,5 +106,5 @@ def resize(image: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
     shrinking = image.shape[0] > side
     if image.ndim == 2:
         soft = cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA if shrinking else cv2.INTER_LINEAR)
-        return np.where(soft > 127, 255, 0).astype(np.uint8)
+        return (soft > 127).astype(np.uint8) * np.uint8(255)
     return cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA if shrinking else cv2.INTER_CUBIC).astype(np.uint8, copy=False)

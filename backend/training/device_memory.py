@@ -45,7 +45,8 @@ def cap_memory(device: torch.device, fraction: float) -> float | None:
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     bound = fraction * (free + torch.cuda.memory_reserved(device))  # what is reserved already counts against the bound
-    torch.cuda.set_per_process_memory_fraction(bound / total, device)
+    index = torch.cuda.current_device() if device.index is None else device.index  # the next call takes no device without one
+    torch.cuda.set_per_process_memory_fraction(bound / total, index)
     where = " (WSL: beyond it the driver would page to host memory)" if in_wsl() else ""
     logger.info(
         "memory of this process is bounded to %.1f of the card's %.1f GiB%s; train.memory_fraction", bound / GIB, total / GIB, where
@@ -55,7 +56,7 @@ def cap_memory(device: torch.device, fraction: float) -> float | None:
 
 @contextlib.contextmanager
 def bounded(device: torch.device, fraction: float, *, what: str, hint: str) -> Iterator[None]:
-    """``cap_memory`` for the length of a ``with``, in which running out of memory becomes an error with ``hint``. what: who ran out."""
+    """``cap_memory``, and a block in which running out of memory becomes an error with ``hint``; the bound stays. what: who ran out."""
     cap_memory(device, fraction)
     try:
         yield

@@ -114,11 +114,12 @@ def evaluate_verb(arguments: console.StageArguments) -> int:
     from backend.training.gate import decide
 
     config = arguments.config
+    results.require_prepared(config)
     painter, name, digest = _painter_to_measure(config)
     if arguments.dry_run:
         console.print_result({"model": name, "split": config.evaluate.split, "samples": config.evaluate.samples})
         return console.DONE
-    with _memory(config):
+    with artifacts.folder_lock(config.paths.report), _memory(config):
         evaluation = Evaluator(config, painter, _stores(config, digest)).run()
     found = {"model": name, "evaluation": evaluation.figures, "gate": decide(evaluation.figures, config.gate)}
     folder = config.paths.report / "evaluate"
@@ -136,7 +137,7 @@ def _memory(config: Config) -> contextlib.AbstractContextManager[None]:
 
     return bounded(
         device_and_dtype(config)[0], config.train.memory_fraction, what=f"measuring {config.evaluate.batch_size} pairs at a time",
-        hint="try evaluate.batch_size=1, then sample.offload=true; what was painted so far is kept for the next run",
+        hint="try evaluate.batch_size=1, then sample.offload=true; with other settings everything is painted anew",
     )  # fmt: skip
 
 
@@ -146,11 +147,12 @@ def _stores(config: Config, model: str) -> dict[str, PaintedStore]:
     model: the digest of what paints.
     """
     from backend.training.painting import PaintedStore
+    from backend.tryon.painter import device_and_dtype
 
     folder = _painted_folder(config)
     shared = [
         config.digest("evaluate", "sample", "data"), artifacts.sha256_file(config.paths.processed / "metadata.jsonl"),
-        sorted(weights.describe(config.paths.weights).items()), results.environment(config)["git_commit"],
+        sorted(weights.describe(config.paths.weights).items()), results.environment(config)["git_commit"], str(device_and_dtype(config)),
     ]  # fmt: skip
     deployed = artifacts.sha256_file(config.paths.bundle) if config.paths.bundle.is_file() else ""
     names = {
@@ -226,7 +228,7 @@ def export(config: Config, *, resume: bool = True) -> dict[str, Any]:
     digest = _run_digest(config)
     summary = _finished(config, digest) if resume else None
     if summary is None:
-        with artifacts.folder_lock(config.paths.models):
+        with artifacts.folder_lock(config.paths.models), artifacts.folder_lock(config.paths.report):
             artifacts.remove_stale_temporaries(config.paths.models)
             with _memory(config):
                 summary = _export(config, digest)

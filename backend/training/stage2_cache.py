@@ -11,7 +11,7 @@ import json
 import logging
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,11 @@ from backend.errors import UsageError
 from backend.imaging import crop, masks
 from backend.machine import cores
 from backend.training.keyed import numpy_generator
+from backend.training.models.stage2_unet import IDENTITY_WIDTH, STYLE_WIDTH
 from backend.training.models.texture_encoder import TextureEncoder
 from backend.training.prefetch import ahead
 from backend.training.prepared import Prepared, Sample
+from backend.training.stage2_files import LAYOUT
 from backend.tryon import conditioning
 from backend.tryon.remembered import Remembered
 
@@ -37,7 +39,6 @@ logger = logging.getLogger(__name__)
 SHARD = 256  # samples per file
 POOL = 128  # silhouettes that a split's edit regions borrow from
 POOL_SIDE = 128  # their side, px
-LAYOUT = 6  # raise when samples are made or filed otherwise: those of the older kind are then not used
 RESIDENT = 2 << 30  # bytes of a split's samples that are kept in memory; beyond it they are read from mapped files
 PROMPTS_KEPT = 256  # in memory; a real set has some 100,000 distinct ones of 0.3 MB each, more than a process may map
 
@@ -122,21 +123,18 @@ def fill(
     folder: Path, rows: Sequence[dict[str, Any]], encode: Callable[[Sequence[dict[str, Any]]], Iterator[dict[str, torch.Tensor]]], what: str
 ) -> Shards:
     """Encodes those ``rows`` that no shard of ``folder`` holds, and opens them all. A killed one goes on at the shard it was at."""
-    files = _files(folder)
-    known = {name for path in files for name in _ids(path)}
-    missing = [row for row in rows if row["id"] not in known]
-    following = 1 + max((int(path.stem.removeprefix("shard_")) for path in files), default=-1)
+    missing = _lacking(folder, rows)
     progress = console.Progress(what, len(rows), unit="photo")
     progress.start_at(len(rows) - len(missing))
-    for number, start in enumerate(range(0, len(missing), SHARD), following):
+    for start in range(0, len(missing), SHARD):
         part, columns = missing[start : start + SHARD], dict[str, list[torch.Tensor]]()
         for tensors in encode(part):
             for name, value in tensors.items():
                 columns.setdefault(name, []).append(value)
             progress.update()
         stacked = {name: torch.stack(values) for name, values in columns.items()}
-        header = {"format": "deephair-cache-2", "ids": [row["id"] for row in part]}
-        artifacts.save_tensors(folder / f"shard_{number:05d}.safetensors", stacked, header)
+        ids = [row["id"] for row in part]  # which are its name, so that two runs that lack different photos do not write the same file
+        artifacts.save_tensors(folder / f"shard_{_short(ids)}.safetensors", stacked, {"format": "deephair-cache-2", "ids": ids})
     return Shards(folder, [row["id"] for row in rows])
 
 
@@ -160,15 +158,10 @@ class LatentCache:
 def build_latents(
     config: Config, prepared: Prepared, split: str, rows: list[dict[str, Any]], variants: int, key: CacheKey, vae: Any, encoder: TextureEncoder
 ) -> LatentCache:  # fmt: skip
-    """Encodes what is missing of these rows of a split, with ``variants`` edit regions each, and opens it.
-
-    Raises UsageError where the disk cannot hold it, before anything is encoded.
-    """
-    root, threads = config.paths.processed / "latents", config.data.workers or cores(8)
-    latents, styles = root / f"{split}_{key.latents(config, variants)}", root / f"{split}_styles_{key.styles(config)}"
-    known = {name for path in _files(latents) for name in _ids(path)}
-    require_space(root, sum(row["id"] not in known for row in rows) * sample_bytes(config, variants, next(vae.parameters()).element_size()))
-    pool = [] if all(row["id"] in known for row in rows) else silhouettes(prepared, prepared.rows(split))
+    """Encodes what is missing of these rows of a split, with ``variants`` edit regions each, and opens it."""
+    latents, styles = _folders(config, split, variants, key)
+    threads = config.data.workers or cores(8)
+    pool = silhouettes(prepared, prepared.rows(split)) if _lacking(latents, rows) else []
 
     def encode(part: Sequence[dict[str, Any]]) -> Iterator[dict[str, torch.Tensor]]:
         for sample, heads in ahead(lambda row: _draw(config, prepared, row, pool, variants), part, workers=threads):
@@ -183,6 +176,33 @@ def build_latents(
     )
 
 
+def _folders(config: Config, split: str, variants: int, key: CacheKey) -> tuple[Path, Path]:
+    """Where a split's latents and style features lie."""
+    root = config.paths.processed / "latents"
+    return root / f"{split}_{key.latents(config, variants)}", root / f"{split}_styles_{key.styles(config)}"
+
+
+def _lacking(folder: Path, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows that no shard of a folder holds."""
+    known = {name for path in _files(folder) for name in _ids(path)}
+    return [row for row in rows if row["id"] not in known]
+
+
+def require_room(
+    config: Config, rows: Mapping[str, Sequence[dict[str, Any]]], variants: int, key: CacheKey, prompts: set[str], number_bytes: int
+) -> None:  # fmt: skip
+    """Raises UsageError where the disk cannot hold what is missing of the caches of these rows by split, where an encoder's number takes
+    ``number_bytes``; before anything is encoded."""
+    width = artifacts.read_json(conditioning.inpainting_folder(config.paths.weights) / "unet" / "config.json")["cross_attention_dim"]
+    cache = PromptCache(config.paths.processed / "prompt_embeddings", key)
+    size = sum(not cache.path(prompt).is_file() for prompt in prompts) * conditioning.TOKENS * width * number_bytes
+    for split, chosen in rows.items():
+        latents, styles = _folders(config, split, variants, key)
+        size += len(_lacking(latents, chosen)) * sample_bytes(config, variants, number_bytes)
+        size += len(_lacking(styles, chosen)) * 4 * (config.train.style_tokens * STYLE_WIDTH + IDENTITY_WIDTH)
+    require_space(config.paths.processed / "latents", size)
+
+
 def sample_bytes(config: Config, variants: int, number_bytes: int) -> int:
     """What one photo's latents take on disk, where a latent takes ``number_bytes``."""
     return (config.data.resolution // 8) ** 2 * (4 * number_bytes * (2 + variants) + variants + 1)
@@ -194,12 +214,12 @@ def require_space(folder: Path, size: int) -> None:
     free = shutil.disk_usage(folder).free
     if size > free:
         raise UsageError(
-            f"the latents take {size / 1e9:.1f} GB and the disk of {folder} has {free / 1e9:.1f} GB left",
+            f"what is to be cached takes {size / 1e9:.1f} GB and the disk of {folder} has {free / 1e9:.1f} GB left",
             hint="remove caches of earlier settings there, lower train.steps or data.resolution, or move paths.processed",
         )
     if size > 1e9:
         logger.info(
-            "the latents take %.1f GB of the %.1f GB that are free; those of other settings in %s can be deleted",
+            "what is to be cached takes %.1f GB of the %.1f GB that are free; latents of other settings in %s can be deleted",
             size / 1e9,
             free / 1e9,
             folder,

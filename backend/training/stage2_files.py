@@ -12,6 +12,7 @@ from backend.errors import MissingInputError
 PREFIX = "stage2"
 LATEST = "deep_hair_v1_latest"
 FORMAT = "deephair-stage2-1"
+LAYOUT = 6  # raise when a run draws or files its samples otherwise: caches and checkpoints of the older kind are then not used
 
 
 def texture_encoder_path(config: Config) -> Path:

@@ -32,7 +32,7 @@ from backend.training.prefetch import ahead
 from backend.training.prepared import Pictures, Prepared, reference_candidates, thinned
 from backend.training.processes import Processes, join_processes
 from backend.training.sharding import gathered
-from backend.training.stage2_cache import CacheKey, build_latents, build_prompts
+from backend.training.stage2_cache import CacheKey, build_latents, build_prompts, require_room
 from backend.training.stage2_data import Batch, Batches, Split
 from backend.training.stage2_files import FORMAT, LATEST, PREFIX, texture_encoder_path
 from backend.training.stage2_log import TrainingLog
@@ -66,9 +66,11 @@ class Stage2Run:
         key = CacheKey.of(config, prepared, texture_encoder_path(config))
         rows = self._rows(prepared)
         prompts = {row["prompt"] for chosen in rows.values() for row in chosen} | {"", NEUTRAL_PROMPT}
+        dtype = conditioning.encoder_dtype(self.device)
         with self.processes.first_one_first():
-            self.prompts = build_prompts(config, prompts, key, device=self.device, dtype=conditioning.encoder_dtype(self.device))
-            self.vae = conditioning.load_vae(base, device=self.device, dtype=conditioning.encoder_dtype(self.device))
+            require_room(config, rows, self._variants(rows), key, prompts, dtype.itemsize)
+            self.prompts = build_prompts(config, prompts, key, device=self.device, dtype=dtype)
+            self.vae = conditioning.load_vae(base, device=self.device, dtype=dtype)
             self.splits = self._build_splits(prepared, rows, key)
         self.schedule = scheduler_config(base)
         noising = NoiseSchedule(self.schedule)
@@ -103,11 +105,15 @@ class Stage2Run:
             found["val"] = thinned(found["val"], 2 * train.validation_samples)
         return found
 
+    def _variants(self, rows: dict[str, list[dict[str, Any]]]) -> int:
+        """Edit regions of each photo: no more than the times that it is drawn, about."""
+        each = round(self.config.train.steps * self._samples_per_step / len(rows["train"]))
+        return min(self.config.train.mask_variants, max(1, each))
+
     def _build_splits(self, prepared: Prepared, rows: dict[str, list[dict[str, Any]]], key: CacheKey) -> dict[str, Split]:
         config = self.config
         encoder = load_texture_encoder(texture_encoder_path(config)).to(self.device)
-        each = math.ceil(config.train.steps * self._samples_per_step / len(rows["train"]))  # times that a photo is drawn
-        variants, splits = min(config.train.mask_variants, each), {}
+        variants, splits = self._variants(rows), {}
         for name, chosen in rows.items():
             latents = build_latents(config, prepared, name, chosen, variants, key, self.vae, encoder)
             splits[name] = Split(latents, [row["prompt"] for row in chosen], reference_candidates(chosen), Pictures(prepared, chosen))

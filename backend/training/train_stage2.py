@@ -24,7 +24,7 @@ from backend.config import Config
 from backend.errors import DeepHairError, MissingInputError, UsageError, require_all
 from backend.machine import choose_allocator
 from backend.training import results
-from backend.training.stage2_files import LATEST, PREFIX, require_texture_encoder, texture_encoder_path
+from backend.training.stage2_files import LATEST, LAYOUT, PREFIX, require_texture_encoder, texture_encoder_path
 
 if TYPE_CHECKING:
     from backend.training.processes import Processes
@@ -79,7 +79,7 @@ def run_digest(config: Config) -> str:
     prepared = Prepared(config.paths.processed)
     texture = artifacts.sha256_file(texture_encoder_path(config))
     start = "" if config.train.start is None else f"/{artifacts.sha256_file(config.train.start)}"
-    return f"{config.digest('train', 'data')}/{prepared.digest}/{texture}{start}"
+    return f"{config.digest('train', 'data')}/{prepared.digest}/{texture}{start}/{LAYOUT}"
 
 
 def train(config: Config, *, resume: bool = True) -> dict[str, Any]:

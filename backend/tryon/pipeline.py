@@ -155,7 +155,7 @@ class TryOn:
 
     def _chosen_region(self, mask: NDArray[np.uint8], square: crop.Square) -> NDArray[np.uint8]:
         """The person's mask in the head crop, at the model's resolution. Raises TryOnError where it lies beside the head."""
-        region = masks.any_coverage(np.where(crop.crop_square(mask, square) > 0, 255, 0).astype(np.uint8), self._resolution)
+        region = masks.any_coverage((crop.crop_square(mask, square) > 0).astype(np.uint8) * np.uint8(255), self._resolution)
         if not region.any():
             raise TryOnError("the mask lies beside the head", hint="paint where the hair is or shall be", code="empty_mask")
         return region

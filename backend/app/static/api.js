@@ -47,7 +47,7 @@ const TRIES = 20; // over some four minutes
 
 // Whether a failure says nothing about what was asked for: the server, or the way to it, is away for a moment.
 function passes(error) {
-  return !(error instanceof ProblemError) || error.problem.code === "network" || [502, 503, 504].includes(error.problem.status);
+  return error instanceof ProblemError && (error.problem.code === "network" || [502, 503, 504].includes(error.problem.status));
 }
 
 const betweenTries = (failures) => pause(Math.min(15000, 1500 * failures));
@@ -71,8 +71,13 @@ async function newKey() {
   return Boolean(key);
 }
 
-const json = async (path, options) => (await request(path, options)).json();
-const blob = async (path) => (await request(path)).blob();
+// A body that breaks off, or is no JSON, comes from the way between; anything else that fails is a fault of this page and is not tried again.
+function lost(error) {
+  throw error.name === "AbortError" ? error : new ProblemError({ code: "network" });
+}
+
+const json = async (path, options) => (await request(path, options)).json().catch(lost);
+const blob = async (path) => (await request(path)).blob().catch(lost);
 
 function form(fields) {
   const data = new FormData();
@@ -128,7 +133,7 @@ async function* events(stream) {
   const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";
   for (;;) {
-    const { value, done } = await reader.read();
+    const { value, done } = await reader.read().catch(lost);
     if (done) return;
     text += value;
     const blocks = text.split("\n\n");
