@@ -161,8 +161,10 @@ def test_launched_runs_that_were_killed_end_where_undisturbed_ones_do(schooled_w
     worlds = {name: schooled_world.untrained(tmp_path / "-".join(name)) for name in names}
     in_two = {name: worlds[name].arguments(**_changes(name[0], 2)) for name in names}
     for preset in ("full-exact", "lora"):
-        assert _train_in_two(tmp_path / "dying.py", "dying", in_two[preset, "killed"]).returncode != 0
-        assert checkpoints.steps(worlds[preset, "killed"].root / "checkpoints", "stage2")[0][0] == 2
+        died = _train_in_two(tmp_path / "dying.py", "dying", in_two[preset, "killed"])
+        assert died.returncode != 0
+        saved = checkpoints.steps(worlds[preset, "killed"].root / "checkpoints", "stage2")
+        assert [step for step, _ in saved][:1] == [2], died.stderr[-4000:]
     train_stage2.train(worlds["lora", "undisturbed"].config(**_changes("lora", 1)))
     done = _train_in_two(
         tmp_path / "going-on.py",
