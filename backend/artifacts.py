@@ -117,6 +117,11 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+def sha256_json(value: Any) -> str:
+    """Hex sha256 of what JSON can hold; the order of keys does not count."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def write_if_changed(path: Path, content: str) -> None:
     """Writes ``content`` only where it differs, so that a rerun leaves even the time stamps alone."""
     if not path.is_file() or path.read_text(encoding="utf-8") != content:

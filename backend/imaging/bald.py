@@ -115,9 +115,10 @@ def smooth_face(image: NDArray[np.uint8], face_box: Box, hair: NDArray[np.uint8]
     work = min(side, WORK_SIDE)
     small = cv2.resize(image, (work, work), interpolation=cv2.INTER_AREA)
     bare = grow(any_coverage(hair, work), STRAY_MARGIN * work) == 0
-    skin = np.where((any_coverage(face, work) > 0) & bare, 255, 0).astype(np.uint8)
+    inside = any_coverage(face, work) > 0
+    skin = np.where(inside & bare, 255, 0).astype(np.uint8)
     if not skin.any():  # the hair covers it all: what is left is what lies around
-        skin = np.where((any_coverage(face, work) == 0) & bare, 255, 0).astype(np.uint8)
+        skin = np.where(~inside & bare, 255, 0).astype(np.uint8)
     sigma = FACE_BLUR * max(x1 - x0, y1 - y0) * work / side
     fill = cv2.GaussianBlur(push_pull(small, skin), (0, 0), max(sigma, 0.5))
     return np.where(face[..., None] > 0, cv2.resize(fill, (side, side), interpolation=cv2.INTER_CUBIC), image).astype(np.uint8, copy=False)

@@ -55,8 +55,7 @@ def paste_back(
     soft, too. Memory goes with what changes, not with the square, which may be many times the frame.
     """
     height, width = original.shape[:2]
-    ends = (square.x0 > 0, square.y0 > 0, square.x0 + square.side < width, square.y0 + square.side < height)
-    soft = feathered(region, feather * region.shape[0], ends)
+    soft = feathered(region, feather * region.shape[0], square.inner_edges((width, height)))
     mask, image = np.zeros((height, width), np.float32), original.copy()
     window = _window(soft, square, width, height)
     if window is None:
@@ -79,9 +78,8 @@ def _window(soft: NDArray[np.float32], square: Square, width: int, height: int) 
     if box is None:
         return None
     scale = square.side / soft.shape[0]
-    left, top, right, bottom = (
-        (v + beyond) * scale for v, beyond in zip(box, (-1, -1, 1, 1), strict=True)
-    )  # enlarging reaches a pixel farther
+    reach = (-1, -1, 1, 1)  # enlarging blends a pixel farther
+    left, top, right, bottom = ((v + beyond) * scale for v, beyond in zip(box, reach, strict=True))
     x0, y0 = max(0, square.x0 + max(0, int(left))), max(0, square.y0 + max(0, int(top)))
     x1 = min(width, square.x0 + min(square.side, int(right) + 1))
     y1 = min(height, square.y0 + min(square.side, int(bottom) + 1))

@@ -29,6 +29,10 @@ class Square:
         """Frame points (N, 2) in the crop's own pixels at ``resolution``."""
         return (np.asarray(points, dtype=np.float64) - (self.x0, self.y0)) * (resolution / self.side)
 
+    def inner_edges(self, frame: tuple[int, int]) -> tuple[bool, bool, bool, bool]:
+        """Which of its edges, left, top, right and bottom, lie inside a frame of (width, height)."""
+        return self.x0 > 0, self.y0 > 0, self.x0 + self.side < frame[0], self.y0 + self.side < frame[1]
+
     def scaled_box(self, box: Box, resolution: int) -> Box:
         """A frame box in the crop's own pixels at ``resolution``."""
         (x0, y0), (x1, y1) = self.scaled(np.array([box[:2], box[2:]]), resolution)

@@ -7,8 +7,6 @@ the transfer results leave as it was. Pairs are read, painted, measured and drop
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from backend import console
+from backend import artifacts, console
 from backend.config import Config
 from backend.training import baselines, figures, metrics, pairs
 from backend.training.data_processing.prompts import NEUTRAL_PROMPT
@@ -232,7 +230,7 @@ class Evaluator:
             "samples_reconstruction_wanted": protocol.samples or settings.samples_reconstruction,
             "heads": len({record.pair.head for record in records["transfer"]}),
             "heads_reconstruction": len({record.pair.head for record in records["reconstruction"]}),
-            "pairs_sha256": hashlib.sha256(json.dumps(self._stored, sort_keys=True).encode()).hexdigest(),
+            "pairs_sha256": artifacts.sha256_json(self._stored),
             "picture_side": protocol.side or self.config.data.resolution,
             "lpips_backbone": self._instruments.backbone,
             **ours,

@@ -16,7 +16,6 @@ if __name__ == "__main__" and not __package__:  # run as a file: the checkout mu
 import argparse
 import contextlib
 import hashlib
-import json
 import logging
 import shutil
 import time
@@ -155,10 +154,7 @@ def _stores(config: Config, model: str) -> dict[str, PaintedStore]:
         sorted(weights.describe(config.paths.weights).items()), results.environment(config)["git_commit"], str(device_and_dtype(config)),
     ]  # fmt: skip
     deployed = artifacts.sha256_file(config.paths.bundle) if config.paths.bundle.is_file() else ""
-    names = {
-        who: hashlib.sha256(json.dumps([*shared, digest]).encode()).hexdigest()[:32]
-        for who, digest in (("ours", model), ("deployed", deployed))
-    }
+    names = {who: artifacts.sha256_json([*shared, digest])[:32] for who, digest in (("ours", model), ("deployed", deployed))}
     for other in folder.glob("*"):
         if other.name not in names.values():
             PaintedStore(other).clear()

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from backend.config import Config
 from backend.imaging import crop, patches
 from backend.training import metrics, readers
+from backend.training.evenly import evenly
 from backend.training.image_networks import FrechetSets, MeasuringNetworks
 from backend.training.models.perceptual import load_perceptual
 from backend.training.models.texture_encoder import TextureEncoder
@@ -137,7 +138,7 @@ class Instruments:
         rows = [row for row in prepared.rows() if row["identity_valid"] and row["landmarks"]]
         if len(rows) < 2:
             return None
-        rows = [rows[int(n)] for n in np.unique(np.linspace(0, len(rows) - 1, min(len(rows), IDENTITY_PHOTOS)).round())]
+        rows = [rows[int(n)] for n in evenly(len(rows), IDENTITY_PHOTOS)]
         known = np.stack(self._each(lambda row: self._faces.embed(prepared.sample(row).photo, row["landmarks"]), rows))
         return readers.different_people_p95(known, [row["group"] for row in rows])
 

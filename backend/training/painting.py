@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -184,7 +182,7 @@ class ScenePainter:
 
 def request_name(scene: Scene, reference: str, prompt: str | None) -> str:
     """What tells one painting of a scene from the others by the same model and settings: whose hair it gets and the words."""
-    return hashlib.sha256(json.dumps([scene.target.id, reference, prompt]).encode()).hexdigest()[:32]
+    return artifacts.sha256_json([scene.target.id, reference, prompt])[:32]
 
 
 def _checked(scene: Scene, image: torch.Tensor) -> tuple[Picture, str]:

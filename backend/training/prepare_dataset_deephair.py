@@ -34,6 +34,7 @@ from backend.training import prepare_records, prepare_report, results
 from backend.training.data_processing.khairstyle import Index, index_dataset
 from backend.training.data_processing.labels import Pair
 from backend.training.data_processing.split import SplitRecord, assign_splits, split_record
+from backend.training.evenly import evenly
 from backend.training.prepare_photo import relative, start_worker, work
 from backend.training.prepare_records import RECORDS, Task, photo_settings
 from backend.training.prepare_report import Facts
@@ -220,7 +221,7 @@ def _exit(code: int) -> str:
 def bytes_per_photo(config: Config, done: Sequence[Task] = ()) -> float:
     """What one more photo takes on disk: the mean of finished ones where there are enough, else what photographs usually take."""
     sizes = []
-    for number in np.unique(np.linspace(0, max(0, len(done) - 1), MEASURED_PHOTOS).round().astype(int)) if done else ():
+    for number in evenly(len(done), MEASURED_PHOTOS):
         record = prepare_records.read(done[number].record)
         files = prepare_records.files_of(record["row"]) if record else []
         if files:

@@ -72,7 +72,7 @@ def _common_state(config: Config) -> str:
     settings = {key: value for key, value in asdict(photo_settings(config)).items() if not isinstance(value, Path)}
     files = [path for name in ("face_detector", config.identity_model) for path in weights.files(config.paths.weights, name)]
     parts = [processing_digest(), settings, [artifacts.sha256_file(path) for path in files]]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return artifacts.sha256_json(parts)
 
 
 def _state(common: str, pair: Pair) -> str:

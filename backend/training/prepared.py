@@ -14,6 +14,7 @@ from backend import artifacts
 from backend.errors import MissingInputError
 from backend.imaging import crop, masks
 from backend.imaging.decode import read_png
+from backend.training.evenly import evenly
 
 
 @dataclass(frozen=True)
@@ -126,16 +127,11 @@ def thinned(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
         return rows
     groups = list(_by_hairstyle(rows).values())
     if 2 * len(groups) > count:
-        groups, share = [groups[n] for n in _spread(len(groups), max(1, count // 2))], 0.0
+        groups, share = [groups[n] for n in evenly(len(groups), max(1, count // 2))], 0.0
     else:
         share = count / len(rows)
-    chosen = sorted(group[n] for group in groups for n in _spread(len(group), max(2, round(share * len(group)))))
+    chosen = sorted(group[n] for group in groups for n in evenly(len(group), max(2, round(share * len(group)))))
     return [rows[n] for n in chosen]
-
-
-def _spread(length: int, count: int) -> list[int]:
-    """At most ``count`` evenly spaced places of ``length``."""
-    return [int(n) for n in np.unique(np.linspace(0, length - 1, min(count, length)).round())]
 
 
 def _by_hairstyle(rows: list[dict[str, Any]]) -> dict[tuple[str, str | None], list[int]]:

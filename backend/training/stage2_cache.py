@@ -7,7 +7,6 @@ depend on. A prompt's embedding is one file per distinct prompt, ``processed/pro
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import shutil
 import threading
@@ -25,6 +24,7 @@ from backend.config import Config
 from backend.errors import UsageError
 from backend.imaging import crop, masks
 from backend.machine import cores
+from backend.training.evenly import evenly
 from backend.training.keyed import numpy_generator
 from backend.training.models.stage2_unet import IDENTITY_WIDTH, STYLE_WIDTH
 from backend.training.models.texture_encoder import TextureEncoder
@@ -74,7 +74,7 @@ class CacheKey:
 
 
 def _short(parts: list[Any]) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+    return artifacts.sha256_json(parts)[:16]
 
 
 class Shards:
@@ -229,7 +229,7 @@ def require_space(folder: Path, size: int) -> None:
 def silhouettes(prepared: Prepared, rows: list[dict[str, Any]]) -> list[masks.Silhouette]:
     """Small hair masks of photos spread over ``rows``, for ``masks.borrow``."""
     pool = []
-    for number in np.unique(np.linspace(0, len(rows) - 1, min(POOL, len(rows))).round().astype(int)):
+    for number in evenly(len(rows), POOL):
         sample = prepared.sample(rows[int(number)])
         scale = POOL_SIDE / sample.hair.shape[0]
         box = None if sample.face_box is None else crop.scaled_box(sample.face_box, scale)

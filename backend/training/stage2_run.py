@@ -22,6 +22,7 @@ from backend.imaging.decode import write_png
 from backend.training import checkpoints, presets
 from backend.training.data_processing.prompts import NEUTRAL_PROMPT
 from backend.training.device_memory import held_bytes, peak_gib
+from backend.training.evenly import evenly
 from backend.training.keyed import batches
 from backend.training.lowmem import FusedFactoredAdam
 from backend.training.models.perceptual import load_perceptual
@@ -191,7 +192,7 @@ class Stage2Run:
     def _validate(self) -> None:
         """The loss on fixed photos, timesteps and noise of heads that are not trained on."""
         count = min(self.config.train.validation_samples, len(self.splits["val"].latents))
-        chosen = np.linspace(0, len(self.splits["val"].latents) - 1, count).round().astype(int)
+        chosen = evenly(len(self.splits["val"].latents), count)
         size, total = max(self.config.train.batch_size, 4), 0.0
         for number, timestep in enumerate(VALIDATION_TIMESTEPS):
             for start in range(0, count, size):
@@ -212,7 +213,7 @@ class Stage2Run:
         steps, guidance = min(20, self.config.sample.steps), self.config.sample.guidance
         count = min(4, len(self.splits["val"].latents))
         columns = []
-        for seed, index in enumerate(np.linspace(0, len(self.splits["val"].latents) - 1, count).round().astype(int)):
+        for seed, index in enumerate(evenly(len(self.splits["val"].latents), count)):
             batch = self.batches.batch("val", np.array([index]), seed, 0)
             photo, bald = (
                 conditioning.to_pictures(conditioning.decode_latents(self.vae, latents))[0] for latents in (batch.photo, batch.bald)

@@ -24,6 +24,7 @@ from backend import artifacts
 from backend.errors import InvalidArtifactError, MissingInputError
 from backend.imaging.decode import read_png
 from backend.training import keyed
+from backend.training.evenly import evenly
 from backend.training.models.supcon import UNKNOWN
 from backend.training.prefetch import ahead
 
@@ -65,17 +66,14 @@ class PatchTable:
 
     def spread(self, count: int) -> Ints:
         """At most ``count`` patch numbers, evenly spaced, so that every head keeps its share."""
-        return (
-            np.unique(np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(np.int64)) if len(self) else np.zeros(0, np.int64)
-        )
+        return evenly(len(self), count)
 
     def whole_photos(self, count: int) -> Ints:
         """All patches of evenly spaced photos, about ``count`` at most: what is judged by photo needs every patch of it."""
         if len(self) <= count:
             return np.arange(len(self), dtype=np.int64)
         photos = max(1, count * len(self.photo_ids) // len(self))
-        chosen = np.unique(np.linspace(0, len(self.photo_ids) - 1, photos).round().astype(np.int64))
-        return np.flatnonzero(np.isin(self.photo, chosen))
+        return np.flatnonzero(np.isin(self.photo, evenly(len(self.photo_ids), photos)))
 
 
 _Row = tuple[Path, str, str, int, int, int]

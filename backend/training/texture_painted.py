@@ -9,13 +9,13 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from backend import artifacts, console
 from backend.config import Config
 from backend.imaging import patches
 from backend.imaging.decode import write_png
+from backend.training.evenly import evenly
 from backend.training.prepared import Prepared
 from backend.tryon import conditioning
 
@@ -36,7 +36,7 @@ def painted_styles(config: Config, device: torch.device) -> dict[str, Path]:
     """
     prepared = Prepared(config.paths.processed)
     rows = [row for row in prepared.rows("train") if row["curl"] is not None and "style" in row["files"]]
-    rows = [rows[number] for number in np.linspace(0, len(rows) - 1, min(config.texture.painted, len(rows))).round().astype(int)]
+    rows = [rows[number] for number in evenly(len(rows), config.texture.painted)]
     folder = config.paths.checkpoints / FOLDER
     made_from = {"data": prepared.digest, "autoencoder": artifacts.sha256_file(autoencoder_file(config))}
     mark = folder / MARK

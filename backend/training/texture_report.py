@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from backend import artifacts
 from backend.training import html, keyed
+from backend.training.evenly import evenly
 from backend.training.models.supcon import UNKNOWN
 from backend.training.models.texture_encoder import CURL_CLASSES, VOLUME_CLASSES
 from backend.training.texture_data import Ints, PatchImages, PatchTable
@@ -105,7 +106,7 @@ def _curve(history: list[list[float]]) -> str:
 
 def _map(evidence: Evidence, table: PatchTable) -> str:
     """The embeddings of validation patches in the plane, painted by their true classes."""
-    chosen = np.unique(np.linspace(0, len(evidence.unseen.numbers) - 1, min(_MAP_POINTS, len(evidence.unseen.numbers))).round().astype(int))
+    chosen = evenly(len(evidence.unseen.numbers), _MAP_POINTS)
     if len(chosen) < 8:
         return ""
     numbers = evidence.unseen.numbers[chosen]
@@ -133,7 +134,7 @@ def _neighbours(
     unit = [e.pooled / np.maximum(np.linalg.norm(e.pooled, axis=1, keepdims=True), 1e-12) for e in (evidence.unseen, evidence.seen)]
     similarity = unit[0] @ unit[1].T
     rows = []
-    for query in np.unique(np.linspace(0, len(similarity) - 1, min(queries, len(similarity))).round().astype(int)):
+    for query in evenly(len(similarity), queries):
         number = evidence.unseen.numbers[query : query + 1]
         figures = [html.picture(images["val"].get(number)[0], "asked: " + _truth(tables["val"], int(number[0])), side=110)]
         for near in np.argsort(-similarity[query])[:shown]:

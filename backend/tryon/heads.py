@@ -100,9 +100,7 @@ def _own_hair(
 
 def _seen(native: Picture) -> Picture:
     """The crop as the parser gets it."""
-    if native.shape[0] <= PARSED_SIDE:
-        return native
-    return cv2.resize(native, (PARSED_SIDE, PARSED_SIDE), interpolation=cv2.INTER_AREA).astype(np.uint8, copy=False)
+    return crop.resize(native, min(native.shape[0], PARSED_SIDE))
 
 
 def _hanging(hair: Picture, square: crop.Square, face: DetectedFace | None) -> Picture:
@@ -122,15 +120,10 @@ def _hanging(hair: Picture, square: crop.Square, face: DetectedFace | None) -> P
 def _goes_on(kept: Picture, square: crop.Square, frame: tuple[int, int]) -> bool:
     """Whether hair lies at an edge of the square beyond which there is more of the photo."""
     rim = max(1, round(TOUCHING * kept.shape[0]))
-    left, top, right, bottom = _inner_edges(square, frame)
+    left, top, right, bottom = square.inner_edges(frame)
     return bool(
         (left and kept[:, :rim].any()) or (top and kept[:rim].any()) or (right and kept[:, -rim:].any()) or (bottom and kept[-rim:].any())
     )
-
-
-def _inner_edges(square: crop.Square, frame: tuple[int, int]) -> tuple[bool, bool, bool, bool]:
-    """Which edges of a square, left, top, right and bottom, lie inside a photo of (width, height)."""
-    return square.x0 > 0, square.y0 > 0, square.x0 + square.side < frame[0], square.y0 + square.side < frame[1]
 
 
 def _larger(square: crop.Square, frame: tuple[int, int]) -> crop.Square:
